@@ -1,0 +1,160 @@
+"""One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
+
+    prompt ── The ┬─ Matrix ─ \\n          node i:  token[i], parent[i], position[i] = depth
+                  └─ Crow ─── \\n          i may attend to j  ⇔  j is i or an ancestor of i
+           └─ Fargo ─ \\n                  log p(response) = Σ over its path of log p(token | parent's hidden state)
+
+Notable:
+- The prompt is computed once for all of a user's responses, and so is every beginning that responses share.
+- A response's last token needs no node: nothing is predicted from it.
+- It is exact: every node sees the tokens and positions that it would see in a row of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Batch:
+    """B trees, padded to T nodes; E edges (a token predicted from a node), each response a path of at most L edges."""
+    ids: torch.Tensor        # (B, T) int64, the nodes' tokens
+    positions: torch.Tensor  # (B, T) int64, their depths
+    mask: torch.Tensor       # (B, T, T) bool, the node itself and its ancestors
+    rows: torch.Tensor       # (P,) int64, the nodes (b * T + t) that predict a token
+    sources: torch.Tensor    # (E,) int64, which of those P an edge starts from
+    targets: torch.Tensor    # (E,) int64, the token that it predicts
+    paths: torch.Tensor      # (B, R, L) int64, each response's edges; E where there is none
+    lengths: torch.Tensor    # (B, R) int64, tokens in each response; 0 where a tree has fewer than R
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def tree(prompt, responses):
+    """Merge equal beginnings. Lists of token ids -> (tokens, parents, edges, paths).
+
+    >>> tree([7, 8], [[1, 2, 3], [1, 2, 4], [5]])       # the prompt's nodes are 0 and 1
+    ([7, 8, 1, 2], [-1, 0, 1, 2], [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)], [[0, 1, 2], [0, 1, 3], [4]])
+    """
+    tokens, parents = list(prompt), list(range(-1, len(prompt) - 1))
+    edges, children, paths = {}, {}, []  # edges: (node, token) -> number
+    for response in responses:
+        node, path = len(prompt) - 1, []
+        for depth, token in enumerate(response):
+            edge = (node, token)
+            path.append(edges.setdefault(edge, len(edges)))
+            if depth == len(response) - 1:
+                break  # the last token needs no node
+            if edge not in children:
+                children[edge] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = children[edge]
+        paths.append(path)
+    return tokens, parents, list(edges), paths
+
+
+def group(examples, budget):
+    """Split the examples' indices into groups of like size whose padded trees hold at most `budget` nodes each.
+
+    The nodes are counted before merging; an example larger than the budget gets a group of its own.
+    """
+    sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in examples]
+    groups = []
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # the latest is the longest
+        if not groups or (len(groups[-1]) + 1) * sizes[i] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def pack(examples):
+    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response."""
+    if any(not prompt or not all(responses) for prompt, responses in examples):
+        raise ValueError("a prompt or a response has no tokens")
+    trees = [tree(prompt, responses) for prompt, responses in examples]
+    B, T = len(trees), max(len(tokens) for tokens, *_ in trees)
+    R, L = max(len(paths) for *_, paths in trees), max(len(path) for *_, paths in trees for path in paths)
+    E = sum(len(edges) for _, _, edges, _ in trees)
+    ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
+    mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
+    paths, lengths = torch.full((B, R, L), E), torch.zeros(B, R, dtype=torch.long)
+    nodes, targets = [], []
+    for b, (tokens, parents, edges, responses) in enumerate(trees):
+        ids[b, :len(tokens)] = torch.tensor(tokens)
+        trunk, allowed = len(examples[b][0]), mask[b].numpy()
+        allowed[:trunk, :trunk] |= torch.ones(trunk, trunk, dtype=torch.bool).tril().numpy()
+        for node in range(trunk, len(tokens)):
+            allowed[node] |= allowed[parents[node]]
+        positions[b, :len(tokens)] = mask[b, :len(tokens)].sum(-1) - 1  # depth: the number of ancestors
+        for r, path in enumerate(responses):
+            paths[b, r, :len(path)] = torch.tensor(path) + len(targets)
+            lengths[b, r] = len(path)
+        nodes += [b * T + node for node, _ in edges]
+        targets += [token for _, token in edges]
+    rows, sources = torch.tensor(nodes).unique(return_inverse=True)
+    return Batch(ids, positions, mask, rows, sources, torch.tensor(targets), paths, lengths)
+
+
+class LogSumExp(torch.autograd.Function):
+    """log Σ_v exp(h · w_v) over a frozen vocabulary projection w (V, D), for h (P, D) -> (P,) float32.
+
+    Its gradient in h is the expected embedding Σ_v p_v w_v, taken right away, piece by piece: neither (P, V) logits
+    nor probabilities are ever kept.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        values, expected = [], []
+        for piece in h.split(256):
+            logits = (piece @ weight.T).float()  # (256, V)
+            values.append(logits.logsumexp(-1))
+            if ctx.needs_input_grad[0]:
+                expected.append(logits.sub_(values[-1][:, None]).exp_().to(h.dtype) @ weight)  # (256, D)
+        if expected:
+            ctx.save_for_backward(torch.cat(expected))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad[:, None] * ctx.saved_tensors[0].float()).to(ctx.saved_tensors[0].dtype), None
+
+
+def response_logps(model, batch):
+    """Σ log π(token | its beginning) over each response -> (B, R) float32; 0 where a tree has fewer than R.
+
+    Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
+    """
+    hidden = model(batch.ids, batch.positions, batch.mask)                     # (B, T, D)
+    hidden = hidden.flatten(0, 1)[batch.rows]                                  # (P, D)
+    chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
+    logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
+    return F.pad(logps, (0, 1))[batch.paths].sum(-1)                           # (B, R, L) -> (B, R)
+
+
+# The losses: policy and reference (B, 1+k) are sequence log-probabilities, column 0 the positive's
+
+
+def sft_loss(logps, lengths):
+    """-mean over the positives' tokens of log π(token | ..): logps and lengths (B, R), only column 0 counts."""
+    return -logps[:, 0].sum() / lengths[:, 0].sum()
+
+
+def rewards(policy, reference, beta):
+    """DPO's implicit rewards, r_i = beta (log π(y_i|x) - log π_ref(y_i|x)) -> (B, 1+k); arXiv 2305.18290, eq. 5."""
+    return beta * (policy - reference)
+
+
+def dmpo_loss(policy, reference, beta):
+    """-log σ(r_0 - mean(r_1 .. r_k)), averaged over the batch; arXiv 2405.16127. With k = 1 it is DPO."""
+    r = rewards(policy, reference, beta)
+    return -F.logsigmoid(r[:, 0] - r[:, 1:].mean(-1)).mean()
+
+
+def sdpo_loss(policy, reference, beta):
+    """-log σ(-log Σ_i exp(r_i - r_0)), averaged over the batch; arXiv 2406.09215. With k = 1 it is DPO."""
+    r = rewards(policy, reference, beta)
+    return -F.logsigmoid(-torch.logsumexp(r[:, 1:] - r[:, :1], -1)).mean()

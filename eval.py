@@ -1,0 +1,231 @@
+"""Rank items for held-out users and say how well: HR@K, NDCG@K, MRR, with intervals and paired differences.
+
+    python eval.py                       base, SFT and DMPO, from the adapters that train.py saved
+    python eval.py runs/a runs/b runs/c  the same for several runs: rows of one name are averaged, user by user
+
+A candidate's score is the mean log-probability of its title's tokens after the user's prompt: the sum would favour
+short titles. A positive ranks below every candidate that it ties with.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import dmpo
+import lora
+import model as llama
+
+METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+TOKENS = 4096  # nodes in one forward pass: enough for large matrix products, small enough for any machine
+
+
+# From scores to numbers
+
+
+@torch.no_grad()
+def score(model, examples, tokens=TOKENS, title=""):
+    """Mean log-probability of each response -> (users, candidates) float64 array, the positive in column 0.
+
+    examples: [(prompt ids, [response ids, ..]), ..] with the same number of responses each.
+    """
+    scores = np.empty((len(examples), len(examples[0][1])))
+    device = model.head.device
+    with tqdm(total=len(examples), desc=title, unit="user", disable=None, leave=False) as bar:
+        for group in dmpo.group(examples, tokens):
+            batch = dmpo.pack([examples[i] for i in group]).to(device)
+            scores[group] = (dmpo.response_logps(model, batch) / batch.lengths).cpu().numpy()
+            bar.update(len(group))
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
+    return scores
+
+
+def ranks(scores):
+    """Rank of column 0 among its row, 1 the best, ties counting against it: (users, candidates) -> (users,)."""
+    return (scores >= scores[:, :1]).sum(1)
+
+
+def measure(rank):
+    """Every metric, user by user: rank (users,) -> {name: (users,)}. With one positive, NDCG@K is 1/log2(1 + rank)."""
+    values = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 5, 10)}
+    values |= {f"NDCG@{k}": np.where(rank <= k, 1 / np.log2(1 + rank), 0.0) for k in (5, 10)}
+    values["MRR"] = 1 / rank
+    return {name: values[name] for name in METRICS}
+
+
+def interval(values, seed=0, draws=2000):
+    """95 % bootstrap interval of the mean of values (users,): users are drawn again with replacement."""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+def summarise(rows):
+    """[(name, {metric: (users,)}), ..] -> the JSON rows: means, intervals, and differences to the row above."""
+    result = []
+    for i, (name, values) in enumerate(rows):
+        row = {"name": name, **{key: float(values[key].mean()) for key in METRICS},
+               "ci95": {key: interval(values[key]) for key in METRICS}}
+        if i:
+            paired = {key: values[key] - rows[i - 1][1][key] for key in METRICS}
+            row["difference"] = {"to": rows[i - 1][0], **{key: float(paired[key].mean()) for key in METRICS},
+                                 "ci95": {key: interval(paired[key]) for key in METRICS}}
+        result.append(row)
+    return result
+
+
+def print_table(report):
+    """The report as text: each mean ± half the width of its interval; below it the difference to the row above."""
+    def line(name, row, sign=""):
+        cells = (f"{row[key]:{sign}.3f} ±{(row['ci95'][key][1] - row['ci95'][key][0]) / 2:.3f}" for key in METRICS)
+        return f"{name:12}" + "".join(f"{cell:>15}" for cell in cells)
+
+    print(f"\n{report['data']}: {report['split']} items of {report['users']} users, "
+          f"{report['candidates']} candidates each (95 % intervals)")
+    print(" " * 12 + "".join(f"{key:>15}" for key in METRICS))
+    for row in report["rows"]:
+        print(line(row["name"], row))
+        if "difference" in row:
+            print(line(f"  - {row['difference']['to']}", row["difference"], "+"))
+
+
+# What is evaluated
+
+
+def choose_device(name, dtype):
+    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it is the faster."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    return device, max((torch.float32, torch.bfloat16), key=lambda kind: matmul_rate(device, kind))
+
+
+def matmul_rate(device, dtype, seconds=0.2):
+    """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536), the best seen."""
+    x, w = torch.randn(1536, 576, device=device).to(dtype), torch.randn(1536, 576, device=device).to(dtype)
+    repeats, best, end = 200 if device.type == "cuda" else 5, 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.nn.functional.linear(x, w)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, repeats * 2 * x.numel() * len(w) / (time.perf_counter() - start))
+    return best
+
+
+def find_adapters(paths):
+    """[(row name, folder)]: each path is an adapter, or a run that holds some; sft comes before what builds on it."""
+    found = []
+    for path in map(Path, paths):
+        folders = [path] if (path / "adapter_config.json").exists() else sorted(
+            (config.parent for config in path.glob("*/adapter_config.json")), key=lambda p: (p.name != "sft", p.name))
+        if not folders:
+            raise ValueError(f"{path}: no adapter there (train one: python train.py --stage dmpo)")
+        found += [(folder.name, folder) for folder in folders]
+    return sorted(found, key=lambda pair: [name for name, _ in found].index(pair[0]))
+
+
+def evaluate(model, tokenizer, dataset, adapters, candidates=20, users=None, seed=0, split="test"):
+    """Rank the held-out items with the base model and with each adapter [(name, folder)] -> the report (JSON-able)."""
+    examples = data.heldout(dataset, split, candidates - 1, seed, users)
+    tokens = [data.tokenize(tokenizer, example, dataset.heading) for example in examples]
+    rows = {}  # name: {metric: [one (users,) array an adapter]}
+    for name, folder in [("base", None), *adapters]:
+        lora.detach(model)
+        if folder is not None:
+            lora.load(model, folder)
+        rows.setdefault(name, []).append(measure(ranks(score(model, tokens, title=name))))
+    named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
+              {key: np.mean([run[key] for run in runs], axis=0) for key in METRICS}) for name, runs in rows.items()]
+    return {"data": dataset.name, "split": split, "candidates": candidates, "users": len(examples), "seed": seed,
+            "rows": summarise(named)}
+
+
+def parse():
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
+    parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
+                        help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
+    parser.add_argument("--data", default="ml-100k", help="data set (default: %(default)s)")
+    parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
+    parser.add_argument("--users", type=positive, help="evaluate a random sample of so many users (default: all)")
+    parser.add_argument("--candidates", type=positive, default=20, help="the held-out item and sampled others")
+    parser.add_argument("--split", choices=("test", "validation"), default="test",
+                        help="validation is for choosing settings, test for reporting (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the candidates and the users (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    add_machine_options(parser)
+    return parser.parse_args()
+
+
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_machine_options(parser):
+    """--device and --dtype, the same for train.py."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the frozen weights (default: the type with the faster matrix products)")
+
+
+def write_json(path, value):
+    """Write under a temporary name, then rename: the file is whole or not there."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def main():
+    """The command: find model, data and adapters; rank; print."""
+    args = parse()
+    if args.candidates < 2:
+        raise ValueError("--candidates must be at least 2: the held-out item and one to compare it with")
+    run = Path("runs") / args.data
+    adapters = find_adapters(args.adapters or ([run] if run.exists() else []))
+    if not adapters:
+        print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): the base model only")
+    trained_on = {llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "smollm2-135m"
+                  for _, folder in adapters} or {"smollm2-135m"}
+    if not args.model and len(trained_on) > 1:
+        raise ValueError(f"the adapters belong to different models ({', '.join(sorted(trained_on))}): name one, --model")
+    device, dtype = choose_device(args.device, args.dtype)
+    dataset = data.load(args.data)
+    folder = data.find_model(args.model or trained_on.pop())
+    model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
+    report = evaluate(model, tokenizer, dataset, adapters, args.candidates, args.users, args.seed, args.split)
+    print_table(report)
+    if args.json:
+        write_json(args.json, report)
+
+
+def run(main):
+    """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,192 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): attach, train, save, load, merge.
+
+A frozen linear map W gets a trainable correction of rank r:  y = W x + (alpha / r) B A x.
+A (r, in) starts random and B (out, r) at zero, so that training starts from exactly the base model, yet B receives a
+gradient from the first step (were both zero, neither would). Files are PEFT's.
+
+    python lora.py BASE ADAPTER OUT    writes the merged model as a Hugging Face folder
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # PEFT's, before every name
+
+
+class LoRAFunction(torch.autograd.Function):
+    """y = x Wᵀ + scale (x Aᵀ) Bᵀ with W frozen, in as few and as large matrix products as it takes.
+
+    Autograd would find the same gradients; written out, the sums are accumulated inside the products, and only x and
+    the narrow x Aᵀ are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, scale):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        narrow = x @ A.T                                          # (N, r)
+        ctx.save_for_backward(x, weight, A, B, narrow)
+        ctx.scale = scale
+        return (x @ weight.T).addmm_(narrow, B.T, alpha=scale)    # (N, out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, A, B, narrow = ctx.saved_tensors
+        narrow_grad = ctx.scale * (grad @ B)                      # (N, r)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ weight).addmm_(narrow_grad, A)       # (N, in)
+        A_grad = (narrow_grad.T @ x).float()                      # (r, in)
+        B_grad = (grad.T @ narrow).float() * ctx.scale            # (out, r)
+        return x_grad, None, A_grad, B_grad, None
+
+
+class LoRALinear(nn.Module):
+    """An nn.Linear without bias, frozen, and its adapter in float32."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        if linear.bias is not None:
+            raise ValueError("LoRA is attached to linear layers without bias only")
+        out_features, in_features = linear.weight.shape
+        self.weight, self.scale = linear.weight, alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=self.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/√in, as nn.Linear and PEFT do
+
+    def forward(self, x):
+        y = LoRAFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.lora_A, self.lora_B, self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+def adapters(model):
+    """The LoRALinear modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def attach(model, rank=8, alpha=16, targets=TARGETS):
+    """Freeze the model and put a fresh adapter on every nn.Linear whose last name is in `targets`; returns the model.
+
+    Raises ValueError if there is none, or if the model has adapters already.
+    """
+    if adapters(model):
+        raise ValueError("this model has adapters already")
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"LoRA needs a rank of at least 1 and a positive alpha, not {rank} and {alpha}")
+    model.requires_grad_(False)
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if isinstance(child, nn.Linear) and name in targets]
+    if not found:
+        raise ValueError(f"no linear layer is called any of {', '.join(targets)}")
+    for parent, name, linear in found:
+        setattr(parent, name, LoRALinear(linear, rank, alpha))
+    model.lora_config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name for _, name, _ in found})}
+    return model
+
+
+def state(model):
+    """The adapters' tensors under PEFT's names, A (r, in) and B (out, r) float32."""
+    return {f"{PREFIX}{name}.{key}.weight": getattr(module, key).detach()
+            for name, module in adapters(model).items() for key in ("lora_A", "lora_B")}
+
+
+def save(model, folder, base=""):
+    """Write adapter_model.safetensors and adapter_config.json; each appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none",
+              "lora_dropout": 0.0, "inference_mode": True, **model.lora_config}
+    (folder / "adapter_config.json.part").write_text(json.dumps(config, indent=2))
+    save_file({key: value.cpu().contiguous() for key, value in state(model).items()},
+              folder / "adapter_model.safetensors.part", metadata={"format": "pt"})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def load(model, folder):
+    """Give the model the adapter saved in `folder`, attaching or replacing; returns the model.
+
+    Raises ValueError where a file is missing or damaged, uses a PEFT feature not implemented here, or does not fit.
+    """
+    path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        saved = load_file(weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no readable adapter ({error})") from None
+    refuse_unsupported(path, config)
+    detach(model)
+    attach(model, config["r"], config["lora_alpha"], config["target_modules"])
+    own = state(model)
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
+        raise ValueError(f"{weights}: its tensors do not fit this model (another base model, rank or set of layers?)")
+    for key, value in own.items():
+        value.copy_(saved[key])
+    return model
+
+
+def refuse_unsupported(path, config):
+    """ValueError, naming the setting, unless the PEFT configuration describes a plain LoRA."""
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    for key, value in plain.items():
+        if (config.get(key) or value) != value:
+            raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
+    if not (isinstance(config.get("r"), int) and isinstance(config.get("lora_alpha"), (int, float))
+            and isinstance(config.get("target_modules"), list)):
+        raise ValueError(f"{path}: r must be an integer, lora_alpha a number, target_modules a list of names")
+
+
+def detach(model, merged=False):
+    """Turn every LoRALinear back into the nn.Linear it wraps; with `merged`, its weight becomes W + (alpha/r) B A."""
+    for name, module in adapters(model).items():
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.weight = module.weight
+        if merged:
+            update = module.scale * module.lora_B @ module.lora_A  # (out, in)
+            linear.weight = nn.Parameter((module.weight.float() + update).to(module.weight.dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold the adapters into the weights: the same outputs up to rounding, and a plain model again."""
+    return detach(model, merged=True)
+
+
+def main():
+    """Merge an adapter into its base model and write the Hugging Face folder."""
+    import shutil
+    from model import load as load_model
+    if len(sys.argv) != 4:
+        sys.exit("usage: python lora.py BASE ADAPTER OUT")
+    base, adapter, out = map(Path, sys.argv[1:])
+    try:
+        merged = merge(load(load_model(base), adapter))
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (base / name).exists():
+                shutil.copy(base / name, out / name)
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2))
+        save_file(merged.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

