@@ -111,9 +111,12 @@ class LogSumExp(torch.autograd.Function):
         values, expected = [], []
         for piece in h.split(256):
             logits = (piece @ weight.T).float()  # (256, V)
-            values.append(logits.logsumexp(-1))
+            top = logits.amax(-1, keepdim=True)
+            mass = logits.sub_(top).exp_()       # (256, V), p_v up to a factor
+            total = mass.sum(-1, keepdim=True)
+            values.append((top + total.log())[:, 0])
             if ctx.needs_input_grad[0]:
-                expected.append(logits.sub_(values[-1][:, None]).exp_().to(h.dtype) @ weight)  # (256, D)
+                expected.append((mass.to(h.dtype) @ weight) / total)  # (256, D)
         if expected:
             ctx.save_for_backward(torch.cat(expected))
         return torch.cat(values)

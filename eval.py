@@ -8,6 +8,7 @@ short titles. A positive ranks below every candidate that it ties with.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -217,8 +218,20 @@ def main():
         write_json(args.json, report)
 
 
+def keep_freed_memory():
+    """Ask glibc to keep large freed blocks: by default each tensor's pages go back to the system and are cleared anew
+    for the next one, which costs a fifth of the time on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(option, 1 << 30)
+
+
 def run(main):
     """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
+    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError) as error:

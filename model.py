@@ -45,8 +45,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        square = x.float().pow(2).mean(-1, keepdim=True)  # (B, T, 1), in float32 whatever x is
-        return x * torch.rsqrt(square + self.eps).to(x.dtype) * self.weight
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x²) + eps), w frozen; sums in float32, whole tensors in x's type.
+
+    On a CPU the passes over memory are what costs here, and autograd's own backward would make twice as many.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (B, T, 1)
+        r = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r.to(x.dtype)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        grad = grad * weight
+        along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32)  # (B, T, 1): a change along x is undone
+        pull = r.pow(3) * along / x.shape[-1]
+        return grad.mul_(r.to(x.dtype)).addcmul_(x, pull.to(x.dtype), value=-1), None, None
 
 
 def rope_frequencies(config):
@@ -74,14 +95,14 @@ def rotate(x, cos, sin):
 def attend(q, k, v, bias):
     """softmax(q kᵀ / √d + bias) v for q (B, H, T, d), k and v (B, G, S, d), bias (B, 1, T, S) of 0 and -inf.
 
-    On a CPU it is written out: at a few hundred tokens the fused kernel's backward is several times slower there.
+    For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
-    if q.is_cuda:
+    if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
     (B, H, T, d), G = q.shape, k.shape[1]
-    q = q.reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
+    q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, -1)  # (B, H, T, S)
-    weights = torch.softmax(scores * d ** -0.5 + bias, dim=-1)
+    weights = torch.softmax(scores + bias, dim=-1)
     return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, d)
 
 
