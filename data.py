@@ -49,15 +49,20 @@ class Dataset:
 # Text and tokens
 
 
+def year_first(item):
+    """'Heat (1995)' is put to the model as '1995 Heat': titles then share beginnings, which the tree computes once."""
+    return re.sub(r"^(.+) \((\d{4})\)$", r"\2 \1", item)
+
+
 def prompt(history, heading="Movies watched, in order:"):
     """The titles as a numbered list that ends in the next number, for the model to continue."""
-    lines = [f"{number}. {title}" for number, title in enumerate(history, 1)]
+    lines = [f"{number}. {year_first(item)}" for number, item in enumerate(history, 1)]
     return "\n".join([heading, *lines, f"{len(history) + 1}."])
 
 
 def response(item):
     """What the model should continue the prompt with; the line break makes "Alien" end where "Aliens" goes on."""
-    return f" {item}\n"
+    return f" {year_first(item)}\n"
 
 
 def tokenize(tokenizer, example, heading):

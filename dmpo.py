@@ -10,7 +10,7 @@ Notable:
 - It is exact: every node sees the tokens and positions that it would see in a row of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -126,16 +126,55 @@ class LogSumExp(torch.autograd.Function):
         return (grad[:, None] * ctx.saved_tensors[0].float()).to(ctx.saved_tensors[0].dtype), None
 
 
-def response_logps(model, batch):
+def response_logps(model, batch, past=None):
     """Σ log π(token | its beginning) over each response -> (B, R) float32; 0 where a tree has fewer than R.
 
     Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
     """
-    hidden = model(batch.ids, batch.positions, batch.mask)                     # (B, T, D)
+    hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.rows]                                  # (P, D)
     chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)                           # (B, R, L) -> (B, R)
+
+
+def pack_catalogue(responses, row=256, tokens=4096):
+    """Many responses that will follow one prompt after another -> [(Batch, indices of its responses), ..], made once.
+
+    Sorted, responses that begin alike are neighbours; they are cut into trees of about `row` nodes each, whose trunk
+    is a single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
+    """
+    order = sorted(range(len(responses)), key=responses.__getitem__)
+    rows, nodes, before = [], row, []
+    for i in order:
+        shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
+        if nodes + len(responses[i]) - shared > row:
+            rows.append([])
+            nodes, shared = 1, 0
+        rows[-1].append(i)
+        nodes, before = nodes + len(responses[i]) - shared, responses[i]
+    size = max(1, tokens // row)
+    return [(pack([([0], [responses[i] for i in part]) for part in rows[start:start + size]]), rows[start:start + size])
+            for start in range(0, len(rows), size)]
+
+
+def catalogue_logps(model, prompt, catalogue):
+    """The log-probabilities of all of a catalogue's responses after one prompt (token ids) -> (N,) float32.
+
+    The prompt is computed once; all rows of the trie then attend to its keys and values.
+    """
+    device, past, seen = model.head.device, [], len(prompt) - 1
+    if seen:
+        model(torch.tensor([prompt[:-1]], device=device), past=past)
+    logps = torch.empty(sum(len(part) for _, parts in catalogue for part in parts), device=device)
+    for batch, parts in catalogue:
+        ids = batch.ids.clone()
+        ids[:, 0] = prompt[-1]
+        mask = F.pad(batch.mask, (seen, 0), value=True)  # (rows, T, seen + T)
+        found = response_logps(model, replace(batch, ids=ids, positions=batch.positions + seen, mask=mask), past or None)
+        for row, part in enumerate(parts):
+            logps[part] = found[row, :len(part)]
+    return logps
 
 
 # The losses: policy and reference (B, 1+k) are sequence log-probabilities, column 0 the positive's

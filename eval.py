@@ -12,12 +12,14 @@ import ctypes
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -38,16 +40,38 @@ def score(model, examples, tokens=TOKENS, title=""):
 
     examples: [(prompt ids, [response ids, ..]), ..] with the same number of responses each.
     """
-    scores = np.empty((len(examples), len(examples[0][1])))
-    device = model.head.device
-    with tqdm(total=len(examples), desc=title, unit="user", disable=None, leave=False) as bar:
-        for group in dmpo.group(examples, tokens):
-            batch = dmpo.pack([examples[i] for i in group]).to(device)
-            scores[group] = (dmpo.response_logps(model, batch) / batch.lengths).cpu().numpy()
+    device, (me, processes) = model.head.device, world()
+    scores = torch.zeros(len(examples), len(examples[0][1]), dtype=torch.float64, device=device)
+    with tqdm(total=len(examples), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
+        for number, group in enumerate(dmpo.group(examples, tokens)):
+            if number % processes == me:
+                batch = dmpo.pack([examples[i] for i in group]).to(device)
+                scores[group] = (dmpo.response_logps(model, batch) / batch.lengths).double()
             bar.update(len(group))
+    scores = add_up(scores).cpu().numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
     return scores
+
+
+@torch.no_grad()
+def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
+    """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it."""
+    whole = data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
+    lengths = torch.tensor([len(response) for response in whole])
+    catalogue = [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(whole)]
+    where = {item: i for i, item in enumerate(dataset.items)}
+    me, processes = world()
+    result = torch.zeros(len(examples), dtype=torch.long)
+    for u in tqdm(range(me, len(examples), processes), desc=title, unit="user", disable=None if me == 0 else True,
+                  leave=False):
+        example = examples[u]
+        prompt = tokenizer.encode(data.prompt(example.history, dataset.heading)).ids
+        scores = dmpo.catalogue_logps(model, prompt, catalogue).cpu() / lengths  # (items,)
+        untouched = torch.ones(len(scores), dtype=torch.bool)
+        untouched[[where[item] for item in dataset.sequences[example.user]]] = False
+        result[u] = 1 + int((scores[untouched] >= scores[where[example.positive]]).sum())
+    return add_up(result.to(model.head.device)).cpu().numpy()
 
 
 def ranks(scores):
@@ -99,7 +123,31 @@ def print_table(report):
             print(line(f"  - {row['difference']['to']}", row["difference"], "+"))
 
 
-# What is evaluated
+# The machine, or several: under torchrun every process does a part of the users
+
+
+def world():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def join():
+    """Join torchrun's processes, if it started this one; only the first of them goes on printing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
 
 
 def choose_device(name, dtype):
@@ -111,7 +159,8 @@ def choose_device(name, dtype):
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    return device, max((torch.float32, torch.bfloat16), key=lambda kind: matmul_rate(device, kind))
+    rates = add_up(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
+    return device, (torch.float32, torch.bfloat16)[int(rates.argmax())]
 
 
 def matmul_rate(device, dtype, seconds=0.2):
@@ -128,6 +177,28 @@ def matmul_rate(device, dtype, seconds=0.2):
     return best
 
 
+def operations(model, batch):
+    """Floating-point operations that one forward pass over a Batch needs, padding not counted.
+
+    Two for each weight and node, for each pair that attends (a score and a value, d wide each, in every head), and
+    for each weight of the vocabulary projection and predicting node.
+    """
+    c = model.config
+    nodes = int((batch.positions > 0).sum()) + len(batch.ids)  # every root is at position 0, as is padding
+    pairs = int(batch.mask.sum()) - batch.ids.numel() + nodes
+    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    return (2 * nodes * weights + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+            + 2 * len(batch.rows) * c.vocab_size * c.hidden_size)
+
+
+def peak_memory(device):
+    """GiB: of the GPU's memory where one is used, else the process's resident maximum."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
 def find_adapters(paths):
     """[(row name, folder)]: each path is an adapter, or a run that holds some; sft comes before what builds on it."""
     found = []
@@ -142,14 +213,16 @@ def find_adapters(paths):
 
 def evaluate(model, tokenizer, dataset, adapters, candidates=20, users=None, seed=0, split="test"):
     """Rank the held-out items with the base model and with each adapter [(name, folder)] -> the report (JSON-able)."""
-    examples = data.heldout(dataset, split, candidates - 1, seed, users)
+    examples = data.heldout(dataset, split, 0 if candidates == "all" else candidates - 1, seed, users)
     tokens = [data.tokenize(tokenizer, example, dataset.heading) for example in examples]
     rows = {}  # name: {metric: [one (users,) array an adapter]}
     for name, folder in [("base", None), *adapters]:
         lora.detach(model)
         if folder is not None:
             lora.load(model, folder)
-        rows.setdefault(name, []).append(measure(ranks(score(model, tokens, title=name))))
+        rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if candidates == "all"
+                else ranks(score(model, tokens, title=name)))
+        rows.setdefault(name, []).append(measure(rank))
     named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
               {key: np.mean([run[key] for run in runs], axis=0) for key in METRICS}) for name, runs in rows.items()]
     return {"data": dataset.name, "split": split, "candidates": candidates, "users": len(examples), "seed": seed,
@@ -164,7 +237,8 @@ def parse():
     parser.add_argument("--data", default="ml-100k", help="data set (default: %(default)s)")
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--users", type=positive, help="evaluate a random sample of so many users (default: all)")
-    parser.add_argument("--candidates", type=positive, default=20, help="the held-out item and sampled others")
+    parser.add_argument("--candidates", type=candidates, default=20, metavar="N", help="rank the held-out item among so "
+                        "many, itself included; all: every item that the user has not touched (default: %(default)s)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the candidates and the users (default: 0)")
@@ -179,6 +253,15 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def candidates(text):
+    """argparse type: "all", or an integer of at least 2."""
+    if text == "all":
+        return text
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("at least 2: the held-out item and one to compare it with")
+    return int(text)
 
 
 def add_machine_options(parser):
@@ -198,8 +281,6 @@ def write_json(path, value):
 def main():
     """The command: find model, data and adapters; rank; print."""
     args = parse()
-    if args.candidates < 2:
-        raise ValueError("--candidates must be at least 2: the held-out item and one to compare it with")
     run = Path("runs") / args.data
     adapters = find_adapters(args.adapters or ([run] if run.exists() else []))
     if not adapters:
@@ -214,7 +295,7 @@ def main():
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
     report = evaluate(model, tokenizer, dataset, adapters, args.candidates, args.users, args.seed, args.split)
     print_table(report)
-    if args.json:
+    if args.json and world()[0] == 0:
         write_json(args.json, report)
 
 
@@ -233,6 +314,7 @@ def run(main):
     """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
     keep_freed_memory()
     try:
+        join()
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -370,8 +370,8 @@ def test_titles_read_as_one_would_say_them():
 
 
 def test_prompt_is_a_numbered_list_that_ends_in_the_next_number():
-    assert data.prompt(["A (1990)", "B (1991)"]) == "Movies watched, in order:\n1. A (1990)\n2. B (1991)\n3."
-    assert data.response("C (1992)") == " C (1992)\n"
+    assert data.prompt(["Heat (1995)", "M"]) == "Movies watched, in order:\n1. 1995 Heat\n2. M\n3."
+    assert data.response("2001: A Space Odyssey (1968)") == " 1968 2001: A Space Odyssey\n"
 
 
 def test_prompt_and_response_tokens_together_are_those_of_the_whole_text():

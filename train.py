@@ -10,11 +10,12 @@ log-probabilities of the training trees are taken once, before the first step.
 import argparse
 import json
 import math
+import os
 import random
-import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -24,8 +25,8 @@ import eval as evaluation
 import lora
 import model as llama
 
-DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 2e-4}}
-VALIDATION_USERS = 100
+DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
+VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 
 
 def parse():
@@ -108,11 +109,22 @@ def reference_logps(model, examples):
 
 
 def backward(model, examples, reference, settings):
-    """Gradients of one step's loss over its examples, in groups of bounded size -> what the log tells of the step."""
-    stats = {"loss": 0.0, "nodes": 0}
+    """Gradients of one step's loss over its examples, in groups of bounded size -> what the log tells of the step.
+
+    Each process takes its part of the examples, weighted by its share of the whole, so that the sum over groups and
+    processes is the gradient of one large batch.
+    """
+    me, processes = evaluation.world()
+    mine = range(me, len(examples), processes)
+    names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
+    stats = dict.fromkeys(names, 0.0)
     total = sum(len(responses[0]) for _, responses in examples)
-    for group in dmpo.group(examples, evaluation.TOKENS):
-        batch = dmpo.pack([examples[i] for i in group]).to(model.head.device)
+    for group in dmpo.group([examples[i] for i in mine], evaluation.TOKENS):
+        group = [mine[i] for i in group]
+        batch = dmpo.pack([examples[i] for i in group])
+        stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
+        stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
+        batch = batch.to(model.head.device)
         policy = dmpo.response_logps(model, batch)  # (B, 1+k)
         if settings["stage"] == "sft":
             loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / total)
@@ -122,57 +134,84 @@ def backward(model, examples, reference, settings):
             loss = function(policy, reference[group], settings["beta"]) * share
             r = dmpo.rewards(policy.detach(), reference[group], settings["beta"])
             margin = r[:, 0] - r[:, 1:].mean(-1)
-            stats["margin"] = stats.get("margin", 0) + margin.mean() * share
-            stats["reward_accuracy"] = stats.get("reward_accuracy", 0) + (r[:, :1] > r[:, 1:]).float().mean() * share
+            stats["margin"] += margin.mean() * share
+            stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
         loss.backward()
         stats["loss"] += loss.detach()
-        stats["nodes"] += int((batch.positions > 0).sum()) + len(group)
-    return {key: float(value) for key, value in stats.items()}
+    add_up_gradients([p for p in model.parameters() if p.requires_grad])
+    values = torch.stack([torch.as_tensor(stats[name], dtype=torch.float64, device=model.head.device) for name in names])
+    return dict(zip(names, evaluation.add_up(values).tolist()))
+
+
+def add_up_gradients(parameters):
+    """Sum the gradients over all processes, in one message."""
+    if evaluation.world()[1] > 1:
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        for p, grad in zip(parameters, evaluation.add_up(flat).split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+
+
+def prepare(tokenizer, dataset, settings):
+    """The stage's training examples and the validation examples, as token ids."""
+    shots = data.shots(dataset, settings["shots"], settings.get("negatives", 0), settings["seed"])
+    validation = data.heldout(dataset, "validation", 19, users=VALIDATION_USERS)
+    return tuple([data.tokenize(tokenizer, example, dataset.heading) for example in part] for part in (shots, validation))
 
 
 def train(model, tokenizer, dataset, settings, folder):
-    """One stage: train the model's adapters on `--shots` examples and save them to `folder`."""
-    stage, count = settings["stage"], settings.get("negatives", 0)
-    shots = data.shots(dataset, settings["shots"], count, settings["seed"])
-    examples = [data.tokenize(tokenizer, shot, dataset.heading) for shot in shots]
-    validation = [data.tokenize(tokenizer, example, dataset.heading)
-                  for example in data.heldout(dataset, "validation", 19, users=VALIDATION_USERS)]
-    reference = reference_logps(model, examples) if stage == "dmpo" else None
+    """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
+    examples, validation = prepare(tokenizer, dataset, settings)
+    reference = reference_logps(model, examples) if settings["stage"] == "dmpo" else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    size = settings["batch_size"]
-    per_epoch = math.ceil(len(examples) / size)
-    schedule = Schedule(settings["lr"], settings["epochs"] * per_epoch)
+    size, epochs = settings["batch_size"], settings["epochs"]
+    schedule = Schedule(settings["lr"], epochs * math.ceil(len(examples) / size))
+    main_process = evaluation.world()[0] == 0
     folder.mkdir(parents=True, exist_ok=True)
-    step = 0
-    with open(folder / "log.jsonl", "w", encoding="utf-8") as log:
-        for epoch in range(settings["epochs"]):
-            order = random.Random(f"{settings['seed']} {stage} epoch {epoch}").sample(range(len(examples)), len(examples))
-            bar = tqdm(range(0, len(order), size), desc=f"{stage} epoch {epoch + 1}/{settings['epochs']}", disable=None)
+    lines = []
+    with open(folder / "log.jsonl" if main_process else os.devnull, "w", encoding="utf-8") as log:
+        for epoch in range(1, epochs + 1):
+            order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
+            bar = tqdm(range(0, len(order), size), desc=f"{settings['stage']} epoch {epoch}/{epochs}",
+                       disable=None if main_process else True)
             for start in bar:
-                began = time.perf_counter()
-                picked = order[start:start + size]
-                for parameter_group in optimizer.param_groups:
-                    parameter_group["lr"] = schedule(step)
+                began, picked, lr = time.perf_counter(), order[start:start + size], schedule(len(lines))
+                optimizer.param_groups[0]["lr"] = lr
                 stats = backward(model, [examples[i] for i in picked],
                                  None if reference is None else reference[picked], settings)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                seconds = time.perf_counter() - began
-                stats = {"step": step, "loss": stats.pop("loss"), "lr": schedule(step), **stats,
-                         "examples_per_s": len(picked) / seconds, "tokens_per_s": stats["nodes"] / seconds}
-                log.write(json.dumps(stats) + "\n")
-                bar.set_postfix({key: f"{stats[key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
-                                                                      "examples_per_s") if key in stats})
-                step += 1
+                lines.append(log_line(len(lines), lr, stats, len(picked), time.perf_counter() - began))
+                log.write(json.dumps(lines[-1]) + "\n")
+                bar.set_postfix({key: f"{lines[-1][key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
+                                                                          "examples_per_s") if key in lines[-1]})
             rank = evaluation.ranks(evaluation.score(model, validation, title="validation"))
             ndcg = evaluation.measure(rank)["NDCG@10"].mean()
-            log.write(json.dumps({"step": step, "epoch": epoch + 1, "validation_ndcg@10": ndcg}) + "\n")
-            print(f"{stage} epoch {epoch + 1}/{settings['epochs']}: loss {stats['loss']:.3f}, "
+            log.write(json.dumps({"step": len(lines), "epoch": epoch, "validation_ndcg@10": ndcg}) + "\n")
+            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {np.mean([x['loss'] for x in lines[-len(bar):]]):.3f}, "
                   f"validation NDCG@10 {ndcg:.3f} ({len(validation)} users)")
-    lora.save(model, folder, settings["model"])
-    evaluation.write_json(folder / "args.json", settings)
+    if main_process:
+        lora.save(model, folder, settings["model"])
+        evaluation.write_json(folder / "args.json", settings)
+    evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
+    report_speed(model, lines, len(examples) * epochs)
+
+
+def log_line(step, lr, stats, examples, seconds):
+    """What log.jsonl says of one step."""
+    rates = {"examples_per_s": examples, "tokens_per_s": stats.pop("tokens"), "flops_per_s": stats.pop("operations")}
+    return {"step": step, "loss": stats.pop("loss"), "lr": lr, **stats, "seconds": seconds,
+            **{key: value / seconds for key, value in rates.items()}}
+
+
+def report_speed(model, lines, examples):
+    """Print the stage's speed, beside that of plain matrix products measured now, and the memory it took."""
+    device, dtype = model.head.device, model.head.dtype
+    seconds, peak = sum(line["seconds"] for line in lines), evaluation.matmul_rate(device, dtype)
+    tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds for key in ("tokens_per_s", "flops_per_s"))
+    print(f"{examples / seconds:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} of "
+          f"plain {str(dtype)[6:]} matrix products; peak memory {evaluation.peak_memory(device):.1f} GiB")
 
 
 def main():
@@ -203,8 +242,7 @@ def main():
         train(model, tokenizer, dataset, stage_settings(args, "dmpo"), out / args.loss)
         adapters.append((args.loss, out / args.loss))
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, users=args.users))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}; peak memory {peak:.1f} GiB\n"
+    print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}\n"
           f"next: python {'eval.py' if args.stage == 'dmpo' else 'train.py --stage dmpo'}"
           + (f" {args.out}" if args.stage == "dmpo" else f" --out {args.out}"))
 
