@@ -171,7 +171,8 @@ def catalogue_logps(model, prompt, catalogue):
         ids = batch.ids.clone()
         ids[:, 0] = prompt[-1]
         mask = F.pad(batch.mask, (seen, 0), value=True)  # (rows, T, seen + T)
-        found = response_logps(model, replace(batch, ids=ids, positions=batch.positions + seen, mask=mask), past or None)
+        batch = replace(batch, ids=ids, positions=batch.positions + seen, mask=mask)
+        found = response_logps(model, batch, past or None)
         for row, part in enumerate(parts):
             logps[part] = found[row, :len(part)]
     return logps

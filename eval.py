@@ -28,7 +28,7 @@ import lora
 import model as llama
 
 METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
-TOKENS = 4096  # nodes in one forward pass: enough for large matrix products, small enough for any machine
+TOKENS = 2048  # nodes in one forward pass: enough for large matrix products, small enough for any machine
 
 
 # From scores to numbers
@@ -237,8 +237,9 @@ def parse():
     parser.add_argument("--data", default="ml-100k", help="data set (default: %(default)s)")
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--users", type=positive, help="evaluate a random sample of so many users (default: all)")
-    parser.add_argument("--candidates", type=candidates, default=20, metavar="N", help="rank the held-out item among so "
-                        "many, itself included; all: every item that the user has not touched (default: %(default)s)")
+    parser.add_argument("--candidates", type=candidates, default=20, metavar="N",
+                        help="rank the held-out item among so many, itself included; all: every item that the user "
+                             "has not touched (default: %(default)s)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the candidates and the users (default: 0)")
@@ -288,7 +289,7 @@ def main():
     trained_on = {llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "smollm2-135m"
                   for _, folder in adapters} or {"smollm2-135m"}
     if not args.model and len(trained_on) > 1:
-        raise ValueError(f"the adapters belong to different models ({', '.join(sorted(trained_on))}): name one, --model")
+        raise ValueError(f"the adapters belong to several models ({', '.join(sorted(trained_on))}): name one, --model")
     device, dtype = choose_device(args.device, args.dtype)
     dataset = data.load(args.data)
     folder = data.find_model(args.model or trained_on.pop())

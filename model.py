@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,22 @@ def rope_frequencies(config):
     return freqs
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position: x (B, T, heads, d)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+class Rotate(torch.autograd.Function):
+    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position: x (B, T, heads, d).
+
+    The gradient of a rotation is the rotation back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
 
 
 def attend(q, k, v, bias):
@@ -120,8 +133,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, bias, past, layer):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, d)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
+        q = Rotate.apply(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, d)
+        k = Rotate.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, d)
         if past is not None:
             if len(past) == layer:  # an empty list is filled, layer by layer
@@ -164,6 +177,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # True: keep only each layer's input, compute the rest again for backward
         self.model = nn.ModuleDict({  # the nesting of Hugging Face's parameter names
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
@@ -195,7 +209,10 @@ class Llama(nn.Module):
         cos, sin = (f(angles)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (B, T, 1, d/2)
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)[:, None]
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, bias, past, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, bias, past, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, bias, past, i)
         return self.model.norm(x)
 
     def logits(self, hidden):
@@ -243,8 +260,8 @@ def read_config(folder):
         max_position_embeddings=number("max_position_embeddings", 2048),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
     if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError(f"{path}: {heads} query heads do not share {config.num_key_value_heads} key/value heads evenly, "
-                         f"or the head width {config.head_dim} is odd")
+        raise ValueError(f"{path}: {heads} query heads do not share {config.num_key_value_heads} key/value heads "
+                         f"evenly, or the head width {config.head_dim} is odd")
     return config
 
 
@@ -286,7 +303,7 @@ def load(path, device="cpu", dtype=torch.float32):
     weights = {}
     for name in names:
         weights.update((key, tensor.to(device, dtype)) for key, tensor in read_tensors(folder / name).items()
-                       if not key.endswith("rotary_emb.inv_freq"))  # old checkpoints store what rope_frequencies computes
+                       if not key.endswith("rotary_emb.inv_freq"))  # which rope_frequencies computes
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
     with torch.device("meta"):

@@ -208,8 +208,8 @@ def test_real_model_continues_five_prompts_token_for_token_as_transformers():
     tokenizer, ours = data.load_tokenizer(folder), llama.load(folder)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    for text in (chat, "The three primary colours are", "def fibonacci(n):\n", "Movies watched, in order:\n1. Alien (1979)\n2.",
-                 "Once upon a time 12345"):
+    for text in (chat, "The three primary colours are", "def fibonacci(n):\n", "Once upon a time 12345",
+                 "Movies watched, in order:\n1. Alien (1979)\n2."):
         ids = torch.tensor([tokenizer.encode(text).ids])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
                                    pad_token_id=0)[0].tolist()
@@ -516,7 +516,8 @@ def test_real_model_tree_equals_scoring_every_title_alone():
     folder = need_model()
     model, tokenizer = llama.load(folder), data.load_tokenizer(folder)
     titles = ["The Matrix (1999)", "The Matrix (1999) II", "The Crow (1994)", "Fargo (1996)", "Amélie 🎬 (2001)"]
-    examples = [data.tokenize(tokenizer, data.Example("u", titles[:n], titles[0], titles[1:]), "Movies:") for n in (1, 4)]
+    examples = [data.tokenize(tokenizer, data.Example("u", titles[:n], titles[0], titles[1:]), "Movies:")
+                for n in (1, 4)]
     with torch.no_grad():
         close(dmpo.response_logps(model, dmpo.pack(examples)), one_by_one(model, examples), 5e-4)  # of about -30
 
@@ -543,7 +544,8 @@ def test_dmpo_with_one_negative_equals_trl():
         write_folder(tiny(rms_norm_eps=0.1), f"{folder}/reference")
         policy, reference = (transformers.LlamaForCausalLM.from_pretrained(f"{folder}/{name}")
                              for name in ("policy", "reference"))
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="!", eos_token="~")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="!",
+                                                         eos_token="~")
         rows = {"prompt": ["Films:\n1.", "Seen:"], "chosen": [" Heat\n", " Alien\n"], "rejected": [" Up\n", " Antz\n"]}
         args = trl.DPOConfig(output_dir=folder, per_device_train_batch_size=2, beta=0.3, report_to=[], use_cpu=True,
                              bf16=False, gradient_checkpointing=False, disable_dropout=True, loss_type=["sigmoid"])
@@ -553,7 +555,8 @@ def test_dmpo_with_one_negative_equals_trl():
             inputs = next(iter(trainer.get_train_dataloader()))
             expected = trainer.compute_loss(trainer.model, inputs)
         sequences = []  # TRL stacks the chosen rows on the rejected ones
-        for ids, attended, answer in zip(*(inputs[key].tolist() for key in ("input_ids", "attention_mask", "completion_mask"))):
+        columns = (inputs[key].tolist() for key in ("input_ids", "attention_mask", "completion_mask"))
+        for ids, attended, answer in zip(*columns):
             sequences.append(([t for t, m, a in zip(ids, attended, answer) if m and not a],
                               [t for t, m, a in zip(ids, attended, answer) if m and a]))
         half = len(sequences) // 2
@@ -563,6 +566,19 @@ def test_dmpo_with_one_negative_equals_trl():
                                 for name in ("policy", "reference")), 0.3)
     assert abs(expected.item() - math.log(2)) > 0.01
     close(ours, expected.item(), 1e-4)
+
+
+def test_catalogue_equals_scoring_every_title_alone():
+    rng, model = random.Random(4), tiny()
+    responses = [r for _, responses in random_examples(rng, 40, shared=True) for r in responses]
+    prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 2, 17)]
+    with torch.no_grad():
+        for row, tokens in ((256, 4096), (16, 40)):  # in one piece, and cut into many
+            catalogue = dmpo.pack_catalogue(responses, row, tokens)
+            assert sorted(i for _, parts in catalogue for part in parts for i in part) == list(range(len(responses)))
+            for prompt in prompts:
+                close(dmpo.catalogue_logps(model, prompt, catalogue),
+                      one_by_one(model, [(prompt, responses)])[0], 1e-4)
 
 
 def test_groups_hold_every_example_once_within_the_budget():
@@ -612,6 +628,14 @@ def test_scores_do_not_depend_on_how_users_are_grouped():
     close(evaluation.score(model, examples, tokens=100), evaluation.score(model, examples, tokens=10000), 1e-5)
 
 
+def test_ranking_all_items_leaves_out_what_the_user_touched():
+    dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
+    examples = data.heldout(dataset, "test", 31, users=4)  # 40 titles, 9 touched: 31 others, so the same as "all"
+    tokens = [data.tokenize(tokenizer, e, dataset.heading) for e in examples]
+    assert (evaluation.catalogue_ranks(model, tokenizer, dataset, examples).tolist()
+            == evaluation.ranks(evaluation.score(model, tokens)).tolist())
+
+
 # train.py
 
 
@@ -624,19 +648,19 @@ def test_schedule_warms_up_and_ends_near_zero():
 
 def test_groups_give_the_gradient_of_the_whole_batch():
     examples = random_examples(random.Random(3), 6)
-    before = evaluation.TOKENS
+    before = train.TOKENS
     for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5},
                      {"stage": "dmpo", "loss": "sdpo", "beta": 0.5}):
         gradients = []
         for budget in (10000, 1):
             torch.manual_seed(0)
             model = nonzero(lora.attach(tiny(), 4, 8))
-            evaluation.TOKENS = budget
+            train.TOKENS = budget
             reference = torch.full((6, 3), -20.0)
             try:
                 stats = train.backward(model, examples, reference, settings)
             finally:
-                evaluation.TOKENS = before
+                train.TOKENS = before
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         close(gradients[0], gradients[1], 1e-5)
         assert stats["loss"] > 0
@@ -693,6 +717,41 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another():
         assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
+def test_checkpointing_activations_changes_no_gradient():
+    examples, gradients = random_examples(random.Random(5), 3), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = nonzero(lora.attach(tiny(), 4, 8))
+        model.checkpoint_activations = checkpointed
+        dmpo.dmpo_loss(dmpo.response_logps(model, dmpo.pack(examples)), torch.zeros(3, 3), 0.1).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    close(*gradients, 1e-6)
+
+
+def test_two_processes_make_the_adapter_and_the_table_of_one():
+    import subprocess
+    with toy_world() as folder:
+        Path("launch.py").write_text(f"""import sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import data, eval as evaluation, test_all, train
+data.load, train.VALIDATION_USERS = (lambda name: test_all.toy_data()), 10
+evaluation.run(train.main if sys.argv.pop(1) == "train" else evaluation.main)
+""")
+        def launch(processes, *args):
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                                   "--standalone", "launch.py", *map(str, args)], capture_output=True, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, timeout=100)
+            assert done.returncode == 0, done.stderr[-2000:]
+            return done.stdout
+        for processes in (1, 2):
+            launch(processes, "train", *TOY, "--epochs", 1, "--batch-size", 5, "--out", f"by{processes}")
+        one, two = (load_file(f"by{n}/dmpo/adapter_model.safetensors") for n in (1, 2))
+        for key in one:
+            close(one[key], two[key], 1e-5)
+        one, two = (launch(n, "eval", "by1", "--data", "toy", "--dtype", "float32") for n in (1, 2))
+        assert one == two and "NDCG@10" in one
+
+
 def test_every_loss_and_start_trains_and_lands_in_its_folder():
     with toy_world():
         for extra, folder in ((("--loss", "sdpo"), "sdpo"), (("--loss", "dpo"), "dpo"),
@@ -713,8 +772,10 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, ["--lr", "-1"], "--lr"), (train.main, ["--beta", "inf"], "--beta"),
             (train.main, ["--rank", "1.5"], "--rank"), (train.main, ["--stage", "ppo"], "--stage"),
             (train.main, ["--loss", "dpo", "--negatives", "3"], "one negative"), (train.main, ["--typo"], "--typo"),
-            (train.main, [*TOY, "--model", "nowhere"], "--model nowhere"), (train.main, [*TOY, "--device", "tpu9"], "--device"),
-            (train.main, [*TOY, "--model", "file"], "--model file"), (train.main, [*TOY, "--shots", "100000"], "shots"),
+            (train.main, [*TOY, "--model", "nowhere"], "--model nowhere"),
+            (train.main, [*TOY, "--device", "tpu9"], "--device"),
+            (train.main, [*TOY, "--model", "file"], "--model file"),
+            (train.main, [*TOY, "--shots", "100000"], "shots"),
             (train.main, [*TOY, "--negatives", "100"], "too few"), (train.main, [*TOY, "--out", "file"], "file"),
             (evaluation.main, ["--candidates", "1"], "--candidates"), (evaluation.main, ["--users", "-3"], "--users"),
             (evaluation.main, ["nowhere"], "nowhere"), (evaluation.main, ["base"], "no adapter"),

@@ -27,6 +27,7 @@ import model as llama
 
 DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
+TOKENS = 1024  # nodes in one forward and backward pass, which keeps every activation
 
 
 def parse():
@@ -35,7 +36,7 @@ def parse():
     add, positive = parser.add_argument, evaluation.positive
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
     add("--data", default="ml-100k", help="data set (default: %(default)s)")
-    add("--model", default="smollm2-135m", help="smollm2-135m, a Hugging Face folder or a hub id (default: %(default)s)")
+    add("--model", default="smollm2-135m", help="a Hugging Face folder, a hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="training examples (default: %(default)s)")
     add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
@@ -44,12 +45,14 @@ def parse():
         stage: values["lr"] for stage, values in DEFAULTS.items()})
     add("--batch-size", type=positive, default=8, help="examples a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
-    add("--loss", choices=("dmpo", "dpo", "sdpo"), default="dmpo", help="of the preference stage (default: %(default)s)")
-    add("--init", choices=("sft", "base"), default="sft", help="where it starts, and its reference (default: %(default)s)")
+    add("--loss", choices=("dmpo", "dpo", "sdpo"), default="dmpo", help="preference loss (default: %(default)s)")
+    add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
     add("--seed", type=int, default=0, help="draws shots, negatives, adapters, order (default: %(default)s)")
-    add("--users", type=positive, help="evaluate on a random sample of so many users (default: all)")
+    add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
+        "eval.py takes all)")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time: for large models")
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
     args.out = args.out or str(Path("runs") / args.data)
@@ -119,7 +122,7 @@ def backward(model, examples, reference, settings):
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
     total = sum(len(responses[0]) for _, responses in examples)
-    for group in dmpo.group([examples[i] for i in mine], evaluation.TOKENS):
+    for group in dmpo.group([examples[i] for i in mine], TOKENS):
         group = [mine[i] for i in group]
         batch = dmpo.pack([examples[i] for i in group])
         stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
@@ -139,7 +142,7 @@ def backward(model, examples, reference, settings):
         loss.backward()
         stats["loss"] += loss.detach()
     add_up_gradients([p for p in model.parameters() if p.requires_grad])
-    values = torch.stack([torch.as_tensor(stats[name], dtype=torch.float64, device=model.head.device) for name in names])
+    values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
     return dict(zip(names, evaluation.add_up(values).tolist()))
 
 
@@ -155,7 +158,8 @@ def prepare(tokenizer, dataset, settings):
     """The stage's training examples and the validation examples, as token ids."""
     shots = data.shots(dataset, settings["shots"], settings.get("negatives", 0), settings["seed"])
     validation = data.heldout(dataset, "validation", 19, users=VALIDATION_USERS)
-    return tuple([data.tokenize(tokenizer, example, dataset.heading) for example in part] for part in (shots, validation))
+    return tuple([data.tokenize(tokenizer, example, dataset.heading) for example in part]
+                 for part in (shots, validation))
 
 
 def train(model, tokenizer, dataset, settings, folder):
@@ -163,7 +167,7 @@ def train(model, tokenizer, dataset, settings, folder):
     examples, validation = prepare(tokenizer, dataset, settings)
     reference = reference_logps(model, examples) if settings["stage"] == "dmpo" else None
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs = settings["batch_size"], settings["epochs"]
     schedule = Schedule(settings["lr"], epochs * math.ceil(len(examples) / size))
     main_process = evaluation.world()[0] == 0
@@ -183,13 +187,15 @@ def train(model, tokenizer, dataset, settings, folder):
                 optimizer.step()
                 optimizer.zero_grad()
                 lines.append(log_line(len(lines), lr, stats, len(picked), time.perf_counter() - began))
+                lines[-1]["peak_flops_per_s"] = evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)
                 log.write(json.dumps(lines[-1]) + "\n")
                 bar.set_postfix({key: f"{lines[-1][key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
                                                                           "examples_per_s") if key in lines[-1]})
             rank = evaluation.ranks(evaluation.score(model, validation, title="validation"))
             ndcg = evaluation.measure(rank)["NDCG@10"].mean()
             log.write(json.dumps({"step": len(lines), "epoch": epoch, "validation_ndcg@10": ndcg}) + "\n")
-            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {np.mean([x['loss'] for x in lines[-len(bar):]]):.3f}, "
+            loss = np.mean([line["loss"] for line in lines[-len(bar):]])
+            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}, "
                   f"validation NDCG@10 {ndcg:.3f} ({len(validation)} users)")
     if main_process:
         lora.save(model, folder, settings["model"])
@@ -206,12 +212,14 @@ def log_line(step, lr, stats, examples, seconds):
 
 
 def report_speed(model, lines, examples):
-    """Print the stage's speed, beside that of plain matrix products measured now, and the memory it took."""
-    device, dtype = model.head.device, model.head.dtype
-    seconds, peak = sum(line["seconds"] for line in lines), evaluation.matmul_rate(device, dtype)
-    tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds for key in ("tokens_per_s", "flops_per_s"))
-    print(f"{examples / seconds:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} of "
-          f"plain {str(dtype)[6:]} matrix products; peak memory {evaluation.peak_memory(device):.1f} GiB")
+    """Print the stage's speed, beside that of plain matrix products (measured after each step), and its memory."""
+    seconds = sum(line["seconds"] for line in lines)
+    tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
+                    for key in ("tokens_per_s", "flops_per_s"))
+    peak = np.median([line["peak_flops_per_s"] for line in lines])
+    print(f"{examples / seconds:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
+          f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
+          f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
 
 
 def main():
@@ -220,6 +228,7 @@ def main():
     device, dtype = evaluation.choose_device(args.device, args.dtype)
     dataset, path = data.load(args.data), data.find_model(args.model)
     model, tokenizer = llama.load(path, device, dtype), data.load_tokenizer(path)
+    model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
     out, sft = Path(args.out), Path(args.out) / "sft"
@@ -243,8 +252,8 @@ def main():
         adapters.append((args.loss, out / args.loss))
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, users=args.users))
     print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}\n"
-          f"next: python {'eval.py' if args.stage == 'dmpo' else 'train.py --stage dmpo'}"
-          + (f" {args.out}" if args.stage == "dmpo" else f" --out {args.out}"))
+          + (f"next: python eval.py {args.out}, the same table for all {len(dataset.sequences)} users"
+             if args.stage == "dmpo" else f"next: python train.py --stage dmpo --out {args.out}"))
 
 
 if __name__ == "__main__":
