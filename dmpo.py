@@ -71,12 +71,17 @@ def group(examples, budget):
     return groups
 
 
-def pack(examples):
-    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response."""
+def pack(examples, multiple=16):
+    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response.
+
+    Rows are padded to a `multiple` of nodes, so that the same shapes come back: a CPU's matrix library prepares each
+    new shape anew, and keeps what it prepared.
+    """
     if any(not prompt or not all(responses) for prompt, responses in examples):
         raise ValueError("a prompt or a response has no tokens")
     trees = [tree(prompt, responses) for prompt, responses in examples]
     B, T = len(trees), max(len(tokens) for tokens, *_ in trees)
+    T = -(-T // multiple) * multiple
     R, L = max(len(paths) for *_, paths in trees), max(len(path) for *_, paths in trees for path in paths)
     E = sum(len(edges) for _, _, edges, _ in trees)
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)

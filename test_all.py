@@ -241,7 +241,8 @@ def test_unsupported_or_damaged_models_are_refused_by_name():
         (dict(mlp_bias=True), "mlp_bias"), (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(rope_scaling=[1]), "rope"),
         (dict(hidden_size="32"), "hidden_size"), (dict(num_hidden_layers=-1), "num_hidden_layers"),
-        (dict(vocab_size=None), "vocab_size"), (dict(vocab_size=10 ** 30), "vocab_size"), (dict(rms_norm_eps=0), "rms_norm_eps"), (dict(head_dim=7), "odd"),
+        (dict(vocab_size=None), "vocab_size"), (dict(vocab_size=10 ** 30), "vocab_size"),
+        (dict(rms_norm_eps=0), "rms_norm_eps"), (dict(head_dim=7), "odd"),
         (dict(num_key_value_heads=3), "evenly"), (dict(hidden_size=64), "disagree"),
         (dict(num_hidden_layers=3), "disagree"), (dict(tie_word_embeddings=False), "lm_head.weight"),
         (dict(rope_scaling={"type": "llama3", "factor": 8}), "low_freq_factor"),
@@ -480,7 +481,7 @@ def test_tree_by_hand():
     assert parents == [-1, 0, 1, 2]
     assert edges == [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)]  # (from node, predicted token)
     assert paths == [[0, 1, 2], [0, 1, 3], [4], [0]]
-    batch = dmpo.pack([([7, 8], [[1, 2, 3], [5, 6]])])  # nodes: 7, 8, then 1, 2 on one branch and 5 on the other
+    batch = dmpo.pack([([7, 8], [[1, 2, 3], [5, 6]])], multiple=1)  # nodes: 7, 8, then 1, 2 on one branch and 5 on the other
     assert batch.ids.tolist() == [[7, 8, 1, 2, 5]] and batch.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.mask.int().tolist() == [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
                                           [1, 1, 0, 0, 1]]]
@@ -590,7 +591,7 @@ def test_groups_hold_every_example_once_within_the_budget():
     groups = dmpo.group(examples, 60)
     assert sorted(i for g in groups for i in g) == list(range(50)) and len(groups) > 5
     for g in groups:
-        assert len(g) == 1 or dmpo.pack([examples[i] for i in g]).ids.numel() <= 60
+        assert len(g) == 1 or dmpo.pack([examples[i] for i in g], multiple=1).ids.numel() <= 60
 
 
 # eval.py
@@ -735,7 +736,8 @@ def test_checkpointing_activations_changes_no_gradient():
 def test_two_processes_make_the_adapter_and_the_table_of_one():
     import subprocess
     with toy_world() as folder:
-        Path("launch.py").write_text(f"""import sys
+        Path("launch.py").write_text(f"""\
+import sys
 sys.path.insert(0, {str(Path(train.__file__).parent)!r})
 import data, eval as evaluation, test_all, train
 data.load, train.VALIDATION_USERS = (lambda name: test_all.toy_data()), 10
@@ -830,7 +832,7 @@ def benchmark_trl():
                 train_dataset=datasets.Dataset.from_list(rows),
                 peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(lora.TARGETS)))
             runtime = trainer.train().metrics["train_runtime"]
-        print(f"{str(dtype)[6:]}: {ours:.2f} examples/s; TRL {8 / runtime:.3f} examples/s; ratio {ours * runtime / 8:.1f}")
+        print(f"{str(dtype)[6:]}: {ours:.2f} examples/s; TRL {8 / runtime:.3f}; ratio {ours * runtime / 8:.1f}")
 
 
 # The runner

@@ -36,7 +36,7 @@ def parse():
     add, positive = parser.add_argument, evaluation.positive
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
     add("--data", default="ml-100k", help="data set (default: %(default)s)")
-    add("--model", default="smollm2-135m", help="a Hugging Face folder, a hub id, or the default, %(default)s")
+    add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="training examples (default: %(default)s)")
     add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
@@ -49,7 +49,7 @@ def parse():
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
-    add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: %(default)s)")
+    add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: 0)")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
