@@ -481,7 +481,7 @@ def test_tree_by_hand():
     assert parents == [-1, 0, 1, 2]
     assert edges == [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)]  # (from node, predicted token)
     assert paths == [[0, 1, 2], [0, 1, 3], [4], [0]]
-    batch = dmpo.pack([([7, 8], [[1, 2, 3], [5, 6]])], multiple=1)  # nodes: 7, 8, then 1, 2 on one branch and 5 on the other
+    batch = dmpo.pack([([7, 8], [[1, 2, 3], [5, 6]])], multiple=1)  # 7, 8, then 1, 2 on one branch, 5 on another
     assert batch.ids.tolist() == [[7, 8, 1, 2, 5]] and batch.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.mask.int().tolist() == [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
                                           [1, 1, 0, 0, 1]]]
