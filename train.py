@@ -199,7 +199,7 @@ def train(model, tokenizer, dataset, settings, folder):
                   f"validation NDCG@10 {ndcg:.3f} ({len(validation)} users)")
     if main_process:
         lora.save(model, folder, settings["model"])
-        evaluation.write_json(folder / "args.json", settings)
+        evaluation.write_json(folder / "args.json", {**settings, "dtype": str(model.head.dtype)[6:]})
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
     report_speed(model, lines, len(examples) * epochs)
 
