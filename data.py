@@ -152,21 +152,24 @@ def heldout(dataset, split, negatives, seed=0, users=None):
                                                         seed, split, example.user)) for example in examples]
 
 
-def shots(dataset, count, negatives, seed, popular=False):
+def shots(dataset, count, negatives, seed, sample="given"):
     """`count` training Examples, each by another user while users last: first every user's latest training item.
 
-    A smaller count with the same seed takes a part of the same examples. Negatives that the data bring come first;
-    others are drawn uniformly or, with `popular`, as often as each title occurs. ValueError if there are not so many.
+    A smaller count with the same seed takes a part of the same examples. Negatives are drawn from all that users
+    touched in the training part, each title alike ("uniform") or as often as it was touched ("popular"); with "given",
+    those that the data bring come first. ValueError if there are not so many examples.
     """
-    rng, pool = random.Random(f"{seed} shots"), dataset.items
-    if popular:
-        histories = [e.history for e in dataset.given["train"]] if dataset.given else dataset.sequences.values()
-        pool = [item for items in histories for item in (items if dataset.given else items[:-2])]
+    pool = dataset.items
+    if dataset.given:
+        pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
+        pool = pool if sample == "popular" else sorted(set(pool))
+    elif sample == "popular":
+        pool = [item for items in dataset.sequences.values() for item in items[:-2]]
     result = []
-    for example, touched, purpose in (given_shots if dataset.given else sequence_shots)(dataset, rng):
+    for example, touched, purpose in (given_shots if dataset.given else sequence_shots)(dataset, seed):
         if len(result) == count:
             return result
-        known = example.negatives[:negatives]
+        known = example.negatives[:negatives] if sample == "given" else []
         drawn = sample_negatives(pool, touched.union(known), negatives - len(known), seed, purpose, example.user)
         result.append(replace(example, negatives=known + drawn))
     if len(result) < count:
@@ -174,16 +177,16 @@ def shots(dataset, count, negatives, seed, popular=False):
     return result
 
 
-def given_shots(dataset, rng):
+def given_shots(dataset, seed):
     """The data's own training examples, shuffled: (Example, titles its user touched, purpose of the draw)."""
-    for example in rng.sample(dataset.given["train"], len(dataset.given["train"])):
+    for example in random.Random(f"{seed} shots").sample(dataset.given["train"], len(dataset.given["train"])):
         yield example, {*example.history, example.positive}, "train"
 
 
-def sequence_shots(dataset, rng):
+def sequence_shots(dataset, seed):
     """Each user's latest training item, then each user's latest but one, ..: as given_shots."""
     users = sorted(dataset.sequences)
-    rng.shuffle(users)
+    random.Random(f"{seed} shots").shuffle(users)
     for back in range(max(map(len, dataset.sequences.values()), default=0)):
         for user in users:
             items = dataset.sequences[user]
@@ -391,7 +394,7 @@ def from_examples(given):
 def load_paper(train, test):
     """The DMPO authors' own files: instructions that list a history and two titles, and the right one first.
 
-    Validation takes the last title of each evaluation user's history, and one drawn from all others.
+    Validation takes the last title of each evaluation user's history, and one drawn as often as it is in others'.
     """
     given = {}
     for split, path in (("train", train), ("test", test)):
@@ -403,10 +406,10 @@ def load_paper(train, test):
             found.setdefault((tuple(history), positive), []).append(negative)
         given[split] = [Example(f"{split} {number}", list(history), positive, negatives)
                         for number, ((history, positive), negatives) in enumerate(found.items(), 1)]
-    loaded = from_examples(given)
-    given["validation"] = [replace(example, history=example.history[:-1], positive=example.history[-1],
-                                   negatives=sample_negatives(loaded.items, set(loaded.sequences[example.user]), 1, 0,
-                                                              "validation", example.user)) for example in given["test"]]
+    loaded, pool = from_examples(given), [title for example in given["test"] for title in example.history]
+    given["validation"] = [Example(
+        e.user, e.history[:-1], e.history[-1],
+        sample_negatives(pool, set(loaded.sequences[e.user]), 1, 0, "validation", e.user)) for e in given["test"]]
     return loaded
 
 

@@ -9,18 +9,23 @@ short titles. A positive ranks below every candidate that it ties with.
 
 import argparse
 import ctypes
+import difflib
 import json
 import math
 import os
+import random
 import resource
+import shutil
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -57,28 +62,37 @@ def score(model, examples, tokens=TOKENS, title=""):
     return np.where(np.arange(width) < counts[:, None], scores, -np.inf)
 
 
+def open_catalogue(model, tokenizer, dataset):
+    """All of a data set's titles as tries on the model's device -> (what dmpo.catalogue_logps takes, their lengths)."""
+    whole = data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
+    catalogue = [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(whole)]
+    return catalogue, np.array([len(response) for response in whole])
+
+
 @torch.no_grad()
+def score_catalogue(model, tokenizer, dataset, catalogue, history):
+    """Mean log-probability of every item after one history -> (items,) float64 array, in the order of dataset.items."""
+    batches, lengths = catalogue
+    prompt = tokenizer.encode(data.prompt(history, dataset.heading)).ids
+    scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy() / lengths
+    if not np.isfinite(scores).all():
+        raise ValueError("the model's log-probabilities are not finite; the adapter is broken")
+    return scores
+
+
 def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it."""
-    whole = data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
-    lengths = torch.tensor([len(response) for response in whole])
-    catalogue = [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(whole)]
+    catalogue = open_catalogue(model, tokenizer, dataset)
     where = {item: i for i, item in enumerate(dataset.items)}
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
     for u in tqdm(range(me, len(examples), processes), desc=title, unit="user", disable=None if me == 0 else True,
                   leave=False):
-        example = examples[u]
-        prompt = tokenizer.encode(data.prompt(example.history, dataset.heading)).ids
-        scores = dmpo.catalogue_logps(model, prompt, catalogue).cpu() / lengths  # (items,)
-        untouched = torch.ones(len(scores), dtype=torch.bool)
-        untouched[[where[item] for item in dataset.sequences[example.user]]] = False
-        if scores.isfinite().all():
-            result[u] = 1 + int((scores[untouched] >= scores[where[example.positive]]).sum())
-    result = add_up(result.to(model.head.device)).cpu().numpy()
-    if not result.all():
-        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
-    return result
+        scores = score_catalogue(model, tokenizer, dataset, catalogue, examples[u].history)
+        positive = scores[where[examples[u].positive]]
+        scores[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
+        result[u] = 1 + int((scores >= positive).sum())
+    return add_up(result.to(model.head.device)).cpu().numpy()
 
 
 def ranks(scores):
@@ -142,6 +156,240 @@ def print_table(report):
         print(line(row["name"], row))
         if "difference" in row:
             print(line(f"  - {row['difference']['to']}", row["difference"], "+"))
+
+
+# Traditional recommenders, under the same protocol: fit(sequences of item numbers, items) -> score(history) -> (items,)
+
+
+def fit_popularity(sequences, items):
+    """How often each item was chosen."""
+    counts = np.bincount(np.concatenate(sequences), minlength=items).astype(float)
+    return lambda history: counts
+
+
+def fit_item_knn(sequences, items):
+    """Items chosen by the same users: cosine similarities summed over the history (Deshpande and Karypis, 2004)."""
+    chosen = np.zeros((len(sequences), items), np.float32)
+    for row, sequence in zip(chosen, sequences):
+        row[sequence] = 1
+    norms = np.sqrt(np.maximum(chosen.sum(0), 1))
+    similar = (chosen.T @ chosen) / norms / norms[:, None]  # (items, items)
+    np.fill_diagonal(similar, 0)
+    return lambda history: similar[history].sum(0)
+
+
+def fit_markov(sequences, items):
+    """What came right after the last item of the history how often; what never did is ranked by popularity."""
+    follows, counts = {}, fit_popularity(sequences, items)(None)
+    for sequence in sequences:
+        for before, after in zip(sequence, sequence[1:]):
+            follows.setdefault(before, np.zeros(items))[after] += 1
+    return lambda history: follows.get(history[-1], 0) + counts / (1 + counts.sum())
+
+
+class SASRec(nn.Module):
+    """Self-attention over the latest item numbers (arXiv 1808.09781), trained with the whole softmax."""
+
+    def __init__(self, items, width=64, length=50, layers=2, heads=2, dropout=0.3):
+        super().__init__()
+        self.length, self.items = length, nn.Embedding(items + 1, width, padding_idx=items)
+        self.places = nn.Embedding(length, width)
+        block = nn.TransformerEncoderLayer(width, heads, width * 4, dropout, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.items.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
+
+    def forward(self, ids):
+        """ids (B, length), padded on the right -> logits (B, length, items) of what comes next."""
+        x = self.dropout(self.items(ids) + self.places.weight)  # (B, length, width)
+        causal = nn.Transformer.generate_square_subsequent_mask(self.length, device=ids.device)
+        return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
+
+
+def fit_sasrec(sequences, items, epochs=100, seed=0):
+    """SASRec trained for so many passes over the sequences, each a random window of at most 50 items."""
+    torch.manual_seed(seed)
+    rng, model = random.Random(seed), SASRec(items)
+    sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    steps = epochs * -(-len(sequences) // 128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
+    for step in tqdm(range(steps), desc="sasrec", disable=None, leave=False):
+        ids = torch.full((min(128, len(sequences)), model.length + 1), items)
+        for row, sequence in zip(ids, rng.sample(sequences, len(ids))):
+            start = rng.randint(0, max(0, len(sequence) - len(row)))
+            window = sequence[start:start + len(row)]
+            row[:len(window)] = torch.tensor(window)
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == items, -100)  # (B, length), padding is ignored
+        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+
+    @torch.no_grad()
+    def scores(history):
+        ids = torch.full((1, model.length), items)
+        latest = history[-model.length:]
+        ids[0, :len(latest)] = torch.tensor(latest)
+        return model(ids)[0, len(latest) - 1].numpy()
+    return scores
+
+
+def evaluate_baselines(dataset, examples, training, end, seed=0):
+    """Ranks of the examples' positives under each traditional method -> [(row name, ranks (users,))].
+
+    Each is fitted twice: on the `training` Examples alone, what the language model learnt from, and on all that every
+    user did before the validation item. `end` (-1 or -2) says where a user's history stops. Examples without negatives
+    are ranked among all untouched items.
+    """
+    number = {item: i for i, item in enumerate(dataset.items)}
+    few = [[number[item] for item in [*e.history, e.positive]] for e in training]
+    full = [[number[item] for item in items[:-2]] for items in dataset.sequences.values() if len(items) > 2]
+    result = []
+    for name, fit in (("popularity", fit_popularity), ("item knn", fit_item_knn), ("markov", fit_markov),
+                      ("sasrec", fit_sasrec)):
+        for label, sequences in (f"{len(few)} shots", few), ("all users", full):
+            score_items, rank = fit(sequences, len(dataset.items)), []
+            for example in examples:
+                touched = [number[item] for item in dataset.sequences[example.user]]
+                scores = score_items([number[item] for item in dataset.sequences[example.user][:end]])
+                others = np.delete(np.arange(len(scores)), touched)
+                if example.negatives:
+                    others = [number[item] for item in example.negatives]
+                rank.append(1 + (scores[others] >= scores[number[example.positive]]).sum())
+            result.append((f"{name}, {label}", np.array(rank)))
+    return result
+
+
+# One person's recommendations, and why
+
+
+def find_person(dataset, user, text):
+    """(history, what came next or None) of a user of the data, or of titles typed in with ";" between them."""
+    if text is None:
+        if user not in dataset.sequences:
+            raise ValueError(f"--user {user}: no such user in {dataset.name} (they are called "
+                             f"{', '.join(list(dataset.sequences)[:3])}, ..)")
+        *history, positive = dataset.sequences[user]
+        return history, positive
+    known = {item.casefold(): item for item in dataset.items}
+    history = [title.strip() for title in text.split(";") if title.strip()]
+    for title in history:
+        if title.casefold() not in known:
+            close = difflib.get_close_matches(title.casefold(), known, 4, 0.4)
+            raise ValueError(f"--history: {dataset.name} has no {title!r}; the closest: "
+                             f"{'; '.join(known[name] for name in close) or 'none'}")
+    if not history:
+        raise ValueError("--history names no title")
+    return [known[title.casefold()] for title in history], None
+
+
+def recommend(model, tokenizer, dataset, adapters, history, positive, top):
+    """The `top` titles that the last model ranks first among those not in the history -> a report (JSON-able).
+
+    adapters: [(name, folder or None)]; each title's rank under every one of them is given.
+    """
+    new = np.array([item not in set(history) for item in dataset.items])
+    titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
+    for name, folder in adapters:
+        lora.detach(model)
+        if folder is not None:
+            lora.load(model, folder)
+        scores[name] = score_catalogue(model, tokenizer, dataset, catalogue, history)[new]
+    order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
+    rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
+
+    def row(i):
+        return {"title": str(titles[i]), "score": float(scores[name][i]), "held_out": titles[i] == positive,
+                "rank": {other: int(rank[other][i]) for other in scores}}
+
+    return {"data": dataset.name, "history": history, "model": name, "titles": len(titles),
+            "recommended": [row(i) for i in order[name][:top]],
+            "held_out": row(int(np.where(titles == positive)[0][0])) if positive else None}
+
+
+def explain(model, tokenizer, dataset, history, titles):
+    """What each item of the history does for each title -> (titles, H) array.
+
+    It is exact: the title's log-odds after the history, less its log-odds after the history without that item.
+    """
+    without = [history[:i] + history[i + 1:] for i in range(len(history))]
+    examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
+    tokens = tokenize(model, tokenizer, dataset, examples)
+    logps = score(model, tokens) * np.array([len(response) for response in tokens[0][1]])  # (1 + H, titles)
+    odds = logps - np.log1p(-np.exp(logps))
+    return (odds[0] - odds[1:]).T
+
+
+def deletion_test(model, tokenizer, dataset, examples, removed=3, draws=5, seed=0):
+    """Do explanations mean something? The rank of each user's first title once its reasons are gone -> two (users,).
+
+    Of the example's candidates the title that ranks first is explained; the first array has its rank without the
+    `removed` history items that speak for it most, the second its mean rank without as many random ones.
+    """
+    rng, reasons, chance = np.random.default_rng(seed), [], []
+    for example in tqdm(examples, desc="deletion test", unit="user", disable=None, leave=False):
+        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
+        tokens = tokenize(model, tokenizer, dataset, [example])
+        first = int(score(model, tokens)[0].argmax())
+        titles.insert(0, titles.pop(first))  # ranks() takes the first column's
+        effect = explain(model, tokenizer, dataset, history, titles[:1])[0]
+        gone = [np.argsort(-effect)[:removed], *(rng.permutation(len(history))[:removed] for _ in range(draws))]
+        left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
+                for out in gone]
+        rank = ranks(score(model, tokenize(model, tokenizer, dataset, left)))
+        reasons.append(rank[0])
+        chance.append(rank[1:].mean())
+    return np.array(reasons, float), np.array(chance, float)
+
+
+def columns(text, width):
+    """The text in exactly `width` terminal columns: wide characters take two, combining ones none."""
+    taken, kept = 0, ""
+    for character in text:
+        size = 0 if unicodedata.combining(character) or unicodedata.category(character) == "Cf" else (
+            2 if unicodedata.east_asian_width(character) in "WF" else 1)
+        if taken + size > width:
+            break
+        taken, kept = taken + size, kept + character
+    return kept + " " * (width - taken)
+
+
+def print_person(report, effects, width):
+    """A report of `recommend`, and what `explain` says of each title, as text."""
+    names = list(report["recommended"][0]["rank"])
+    print("\n".join(["The history, oldest first:", *(f"  {columns(title, width - 2).rstrip()}" for title in
+                                                    report["history"][-data.HISTORY:])]))
+    print(f"\nOf {report['titles']} other titles {report['model']} ranks first ("
+          f"{', '.join(names[:-1])}: their ranks for the same title):\n")
+    print("  rank   score" + "".join(f"{name:>7}" for name in names[:-1]) + "  title")
+    rows = [*report["recommended"], *([report["held_out"]] if report["held_out"] else [])]
+    for number, row in enumerate(rows):
+        if number == len(report["recommended"]):
+            if row in report["recommended"]:
+                break
+            print("   ...")
+        start = f"{row['rank'][names[-1]]:6}{row['score']:8.2f}" + "".join(f"{row['rank'][n]:7}" for n in names[:-1])
+        mark = "  <- what came next" if row["held_out"] else ""
+        print(f"{start}  {columns(row['title'], max(10, width - len(start) - 2 - len(mark))).rstrip()}{mark}")
+        if effects is not None and number < len(effects):
+            best = np.argsort(-effects[number])
+            print_bars(report["history"][-data.HISTORY:], effects[number], [*best[:3], best[-1]][:len(best)], width)
+
+
+def print_bars(history, effect, shown, width):
+    """The effects of some history items as bars: ones to the left speak against, ones to the right for the title."""
+    half = max(4, min(12, width // 8))
+    unit = max(np.abs(effect).max(), 1e-9) / half
+    for i in shown:
+        length = round(abs(effect[i]) / unit)
+        bar = (" " * half + "|" + "#" * length) if effect[i] >= 0 else " " * (half - length) + "#" * length + "|"
+        title = columns(history[i], max(10, width - 2 * half - 15)).rstrip()
+        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {title}")
 
 
 # The machine, or several: under torchrun every process does a part of the users
@@ -312,7 +560,13 @@ def parse():
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
+    parser.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
+    parser.add_argument("--top", type=positive, default=10, help="so many of them (default: %(default)s)")
+    parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
+                        "without --user and --history: test such explanations by deletion, on --users")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
+    parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON")
     add_machine_options(parser)
     return parser.parse_args()
 
@@ -362,10 +616,8 @@ def add_machine_options(parser):
 
 
 def write_json(path, value):
-    """Write under a temporary name, then rename: the file is whole or not there."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write a JSON file; it is whole or not there."""
+    lora.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def main():
@@ -380,14 +632,67 @@ def main():
         raise ValueError("--candidates all cannot be listed in a prompt")
     device, dtype = choose_device(args.device, args.dtype)
     dataset, model, tokenizer = open_all(args, args.model or inherit(adapters, "model", "smollm2-135m"), device, dtype)
-    began = time.perf_counter()
-    report = evaluate(model, tokenizer, dataset, adapters, args)
-    seconds = time.perf_counter() - began
-    print_table(report)
-    print(f"\n{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s in {str(dtype)[6:]} on {device}; "
-          f"peak memory {peak_memory(device):.1f} GiB")
+    if args.user or args.history:
+        report = answer(model, tokenizer, dataset, adapters, args)
+    elif args.explain:
+        report = test_explanations(model, tokenizer, dataset, adapters, args)
+    else:
+        began = time.perf_counter()
+        report = evaluate(model, tokenizer, dataset, adapters, args)
+        seconds = time.perf_counter() - began
+        print_table(report)
+        print(f"\n{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s in {str(dtype)[6:]} on {device}; "
+              f"peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
         write_json(args.json, report)
+
+
+def answer(model, tokenizer, dataset, adapters, args):
+    """--user and --history: print the recommendations of the last adapter, or a comparison; returns what was said."""
+    width = min(120, shutil.get_terminal_size().columns)
+    history, positive = find_person(dataset, args.user, args.history)
+    named = [("base", None), *((name, folder) for name, folder, _ in adapters)]
+    named = [pair for pair in named if pair[0] != "dmpo"] + [pair for pair in named if pair[0] == "dmpo"]
+    if args.compare:
+        return compare(model, tokenizer, dataset, named, history[-data.HISTORY:], args.compare, width)
+    report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
+    rows, latest, effects = report["recommended"], history[-data.HISTORY:], None
+    if args.explain:
+        effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in rows])
+        for row, effect in zip(rows, effects):
+            row["effects"] = dict(zip(latest, effect.tolist()))
+    print_person(report, effects, width)
+    return report
+
+
+def compare(model, tokenizer, dataset, adapters, history, pair, width):
+    """Print and return, model by model, the log-odds of title A over B and what each history item does for it."""
+    pair, report = find_person(dataset, None, "; ".join(pair))[0], {}
+    for name, folder in adapters:
+        lora.detach(model)
+        if folder is not None:
+            lora.load(model, folder)
+        a, b = explain(model, tokenizer, dataset, history, pair)
+        scores = score(model, tokenize(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
+        report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
+        print(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; for the first rather than the second:")
+        print_bars(history, a - b, np.argsort(b - a), width)
+    return report
+
+
+def test_explanations(model, tokenizer, dataset, adapters, args):
+    """--explain for nobody in particular: the deletion test on --users (200 unless given) with the last adapter."""
+    if adapters:
+        lora.load(model, adapters[-1][1])
+    examples = data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
+    reasons, chance = deletion_test(model, tokenizer, dataset, examples, seed=args.seed)
+    report = {"users": len(examples), "rank_without_reasons": float(reasons.mean()),
+              "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
+              "ci95": interval(reasons - chance)}
+    print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
+          f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
+          f"{report['ci95'][0]:+.2f} to {report['ci95'][1]:+.2f}; {len(examples)} users)")
+    return report
 
 
 def keep_freed_memory():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_tensors
 from torch import nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -99,17 +100,28 @@ def state(model):
             for name, module in adapters(model).items() for key in ("lora_A", "lora_B")}
 
 
+def write_file(path, content):
+    """Write bytes aside, to the disk, then rename: the file is there whole or not at all, whatever happens."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(model, folder, base=""):
-    """Write adapter_model.safetensors and adapter_config.json; each of the two appears whole or not at all."""
+    """Write adapter_config.json, then adapter_model.safetensors; each of the two appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none",
               "lora_dropout": 0.0, "inference_mode": True, **model.lora_config}
-    (folder / "adapter_config.json.part").write_text(json.dumps(config, indent=2))
-    save_file({key: value.cpu().contiguous() for key, value in state(model).items()},
-              folder / "adapter_model.safetensors.part", metadata={"format": "pt"})
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        os.replace(folder / f"{name}.part", folder / name)
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    tensors = {key: value.cpu().contiguous() for key, value in state(model).items()}
+    write_file(folder / "adapter_model.safetensors", save_tensors(tensors, {"format": "pt"}))
 
 
 def load(model, folder):

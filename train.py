@@ -8,6 +8,8 @@ log-probabilities of the training trees are taken once, before the first step.
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
@@ -28,6 +31,7 @@ import model as llama
 
 DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
+CHECKPOINT_SECONDS = 60
 TOKENS = 1024  # nodes in one forward and backward pass, which keeps every activation
 
 
@@ -50,8 +54,9 @@ def parse():
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
-    add("--sample", choices=("uniform", "popular", "hard"), default="uniform", help="negatives drawn uniformly, as "
-        "often as they occur, or, of a larger draw, those that the reference scores highest (default: %(default)s)")
+    add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives: the data's own "
+        "if any, drawn uniformly, as often as they occur, or those of a larger draw that the reference scores highest "
+        "(default: given, filled up uniformly)")
     add("--prompt", choices=("history", "candidates"), default="history",
         help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
     add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: 0)")
@@ -95,13 +100,69 @@ def stage_settings(args, stage):
     return {"stage": stage, **settings}
 
 
-def require_same(folder, settings):
-    """ValueError unless the adapter in `folder` was trained with these settings."""
-    saved = llama.read_json(folder / "args.json")
-    for key in SHARED:
+def require_same(folder, saved, settings, keys):
+    """ValueError, naming the setting, unless what is in `folder` was trained with the same ones."""
+    for key in keys:
         if saved.get(key) != settings[key]:
             raise ValueError(f"{folder} was trained with {key} {saved.get(key)}, not {settings[key]}: "
                              f"choose another folder with --out, or delete it")
+
+
+# A run that was cut off goes on from its checkpoint: adapters, the optimiser's moments, the number of steps done. No
+# random state is needed, since every draw is seeded by what it is for.
+
+
+def save_checkpoint(path, model, optimizer, settings, steps):
+    """Write everything that the rest of a stage depends on, with a checksum; the file appears whole or not at all."""
+    tensors = {f"adapter.{key}": value for key, value in lora.state(model).items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    about = {"settings": settings, "steps": steps, "sha256": checksum(tensors)}
+    lora.write_file(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+
+
+def load_checkpoint(path, model, optimizer, settings):
+    """Set adapters and optimiser as they were -> steps done, 0 without a checkpoint; ValueError if it does not fit."""
+    if not path.exists():
+        return 0
+    tensors = llama.read_tensors(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+        if about["sha256"] != checksum(tensors):
+            raise ValueError("its checksum is wrong")
+        require_same(path.parent, about["settings"], settings, settings)
+        for key, value in lora.state(model).items():
+            value.copy_(tensors[f"adapter.{key}"])
+        saved, groups = {}, optimizer.state_dict()["param_groups"]
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".")
+                saved.setdefault(int(i), {})[name] = value
+        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        return int(about["steps"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot go on from this checkpoint ({error}); delete it to start anew") from None
+
+
+def checksum(tensors):
+    """sha256 over the names and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode() + tensors[key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def lock(folder):
+    """Refuse a second run in the same folder while this process lives; the returned file holds the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another run is at work here: wait for it, or choose another --out") from None
+    return file
 
 
 class Schedule:
@@ -170,9 +231,9 @@ def add_up_gradients(parameters):
 
 def prepare(model, tokenizer, dataset, settings):
     """The stage's training examples and the validation examples, as token ids."""
-    seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "uniform")
+    seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
     choices_seed = seed if settings["prompt"] == "candidates" else None
-    shots = data.shots(dataset, settings["shots"], k * 5 if sample == "hard" else k, seed, popular=sample == "popular")
+    shots = data.shots(dataset, settings["shots"], k * 5 if sample == "hard" else k, seed, sample)
     if sample == "hard":  # of five times as many, the k that the reference takes for the likeliest
         scores = evaluation.score(model, evaluation.tokenize(model, tokenizer, dataset, shots))[:, 1:]  # (N, 5k)
         shots = [replace(shot, negatives=[shot.negatives[i] for i in row])
@@ -188,51 +249,78 @@ def prepare(model, tokenizer, dataset, settings):
 
 def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
+    main_process = evaluation.world()[0] == 0
+    held = lock(folder) if main_process else None  # as long as this function runs
     examples, validation = prepare(model, tokenizer, dataset, settings)
     reference = reference_logps(model, examples) if settings["stage"] == "dmpo" else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-    size, epochs = settings["batch_size"], settings["epochs"]
-    schedule = Schedule(settings["lr"], epochs * math.ceil(len(examples) / size))
-    main_process = evaluation.world()[0] == 0
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []  # of the log, one a step
+    size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
+    steps = math.ceil(len(examples) / size)  # of one epoch
+    schedule = Schedule(settings["lr"], epochs * steps)
+    done = load_checkpoint(checkpoint, model, optimizer, settings)
+    lines, saved = read_log(folder, done), time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "w", encoding="utf-8") as log:
-        for epoch in range(1, epochs + 1):
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+        for epoch in range(1 + max(0, done - 1) // steps, epochs + 1):
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
             bar = tqdm(range(0, len(order), size), desc=f"{settings['stage']} epoch {epoch}/{epochs}",
                        disable=None if main_process else True)
-            for start in bar:
-                began, picked, lr = time.perf_counter(), order[start:start + size], schedule(len(lines))
-                optimizer.param_groups[0]["lr"] = lr
-                stats = backward(model, [examples[i] for i in picked],
-                                 None if reference is None else reference[picked], settings)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
-                lines.append(log_line(len(lines), lr, stats, len(picked), time.perf_counter() - began))
-                lines[-1]["peak_flops_per_s"] = evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)
+            for number, start in enumerate(bar, (epoch - 1) * steps):
+                if number < done:
+                    continue
+                picked = order[start:start + size]
+                line = step(model, optimizer, schedule(number), examples, reference, picked, settings)
+                lines.append({"step": number, **line})
                 log.write(json.dumps(lines[-1]) + "\n")
-                bar.set_postfix({key: f"{lines[-1][key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
-                                                                          "examples_per_s") if key in lines[-1]})
+                log.flush()
+                bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
+                                                                     "examples_per_s") if key in line})
+                if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
+                    saved = time.perf_counter()
             rank = evaluation.ranks(evaluation.score(model, validation, title="validation"))
             ndcg = evaluation.measure(rank, 20)["NDCG@10"].mean()
-            log.write(json.dumps({"step": len(lines), "epoch": epoch, "validation_ndcg@10": ndcg}) + "\n")
-            loss = np.mean([line["loss"] for line in lines[-len(bar):]])
+            lines.append({"step": epoch * steps, "epoch": epoch, "validation_ndcg@10": ndcg})
+            log.write(json.dumps(lines[-1]) + "\n")
+            loss = np.mean([line["loss"] for line in lines if "loss" in line and line["step"] >= (epoch - 1) * steps])
             print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}, "
                   f"validation NDCG@10 {ndcg:.3f} ({len(validation)} users)")
     if main_process:
-        lora.save(model, folder, settings["model"])
-        evaluation.write_json(folder / "args.json", {**settings, "dtype": str(model.head.dtype)[6:]})
+        evaluation.write_json(folder / "args.json", settings)
+        lora.save(model, folder, settings["model"])  # from here on the stage is done
+        checkpoint.unlink(missing_ok=True)
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
-    report_speed(model, lines, len(examples) * epochs)
+    report_speed(model, [line for line in lines if "loss" in line], len(examples) * epochs)
 
 
-def log_line(step, lr, stats, examples, seconds):
+def step(model, optimizer, lr, examples, reference, picked, settings):
+    """One update with the examples of these indices -> its line of the log; ValueError if the loss is not finite."""
+    began, optimizer.param_groups[0]["lr"] = time.perf_counter(), lr
+    stats = backward(model, [examples[i] for i in picked], None if reference is None else reference[picked], settings)
+    stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
+    if not math.isfinite(stats["loss"]):
+        raise ValueError(f"the loss is {stats['loss']} (lr {lr:.2g}, examples {picked}): nothing was updated; what was "
+                         "saved before is kept. Try a smaller --lr")
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    line = log_line(lr, stats, len(picked), time.perf_counter() - began)
+    return line | {"peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}
+
+
+def read_log(folder, done):
+    """The lines that log.jsonl already has of the first `done` steps."""
+    if not done:
+        return []
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
+    return [line for line in lines if line["step"] < done]
+
+
+def log_line(lr, stats, examples, seconds):
     """What log.jsonl says of one step."""
     rates = {"examples_per_s": examples, "tokens_per_s": stats.pop("tokens"), "flops_per_s": stats.pop("operations")}
-    return {"step": step, "loss": stats.pop("loss"), "lr": lr, **stats, "seconds": seconds,
+    return {"loss": stats.pop("loss"), "lr": lr, **stats, "seconds": seconds,
             **{key: value / seconds for key, value in rates.items()}}
 
 
@@ -257,27 +345,26 @@ def main():
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
-    out, sft = Path(args.out), Path(args.out) / "sft"
-    adapters = []
     if args.stage == "dmpo":
         data.shots(dataset, args.shots, args.negatives, args.seed)  # fails now, not after SFT, if it must
-    torch.manual_seed(args.seed)
-    if args.stage == "sft" or args.init == "sft":
-        settings = stage_settings(args, "sft")
-        if args.stage == "dmpo" and (sft / "adapter_model.safetensors").exists():
-            require_same(sft, settings)
-            print(f"starting from the SFT adapter in {sft}")
-            lora.load(model, sft)
+    adapters = []
+    for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
+        folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
+        settings = {**stage_settings(args, stage), "dtype": str(dtype)[6:]}
+        if stage == "sft" or args.init == "base":
+            torch.manual_seed(args.seed)
+            lora.attach(lora.detach(model), args.rank, 2 * args.rank)
+        if stage == "dmpo":  # whatever it starts from is its reference
+            settings["reference"] = checksum({key: value.cpu() for key, value in lora.state(model).items()})
+        if (folder / "adapter_model.safetensors").exists():
+            saved, keys = llama.read_json(folder / "args.json"), settings if stage == args.stage else SHARED
+            require_same(folder, saved, settings, keys)
+            print(f"{folder} holds this adapter already: going on with it (delete the folder to train it again)")
+            lora.load(model, folder)
         else:
-            if args.stage == "dmpo":
-                print(f"no SFT adapter in {sft} yet: SFT comes first")
-            train(lora.attach(model, args.rank, 2 * args.rank), tokenizer, dataset, settings, sft)
-        adapters.append(("sft", sft))
-    else:
-        lora.attach(model, args.rank, 2 * args.rank)
-    if args.stage == "dmpo":
-        train(model, tokenizer, dataset, stage_settings(args, "dmpo"), out / args.loss)
-        adapters.append((args.loss, out / args.loss))
+            print(f"{stage} -> {folder}")
+            train(model, tokenizer, dataset, settings, folder)
+        adapters.append((folder.name, folder))
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, args))
     print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all {len(dataset.sequences)} users"
