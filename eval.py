@@ -17,6 +17,7 @@ import random
 import resource
 import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from pathlib import Path
@@ -124,18 +125,20 @@ def interval(values, seed=0, draws=2000):
 def summarise(rows):
     """[(name, {metric: (users,)}), ..] -> the JSON rows: means, intervals, and paired differences.
 
-    SFT, the first row of its training, is compared with the base model, what follows with that SFT.
+    SFT, the first row of its training, is compared with the base model, what follows with that SFT; traditional
+    methods, which come last, with the last of the language models.
     """
-    result, start = [], 0
+    result, sft, last = [], 0, 0
     for i, (name, values) in enumerate(rows):
         row = {"name": name, **{key: float(value.mean()) for key, value in values.items()},
                "ci95": {key: interval(value) for key, value in values.items()}}
         if i:
-            start = 0 if name.startswith("sft") else start
-            paired = {key: value - rows[start][1][key] for key, value in values.items()}
-            row["difference"] = {"to": rows[start][0], **{key: float(value.mean()) for key, value in paired.items()},
+            traditional = ", " in name
+            to = 0 if name.startswith("sft") else last if traditional else sft
+            paired = {key: value - rows[to][1][key] for key, value in values.items()}
+            row["difference"] = {"to": rows[to][0], **{key: float(value.mean()) for key, value in paired.items()},
                                  "ci95": {key: interval(value) for key, value in paired.items()}}
-            start = i if name.startswith("sft") else start
+            sft, last = i if name.startswith("sft") else sft, last if traditional else i
         result.append(row)
     return result
 
@@ -239,30 +242,36 @@ def fit_sasrec(sequences, items, epochs=100, seed=0):
     return scores
 
 
-def evaluate_baselines(dataset, examples, training, end, seed=0):
-    """Ranks of the examples' positives under each traditional method -> [(row name, ranks (users,))].
+BASELINES = {"popularity": fit_popularity, "item knn": fit_item_knn, "markov": fit_markov, "sasrec": fit_sasrec}
 
-    Each is fitted twice: on the `training` Examples alone, what the language model learnt from, and on all that every
-    user did before the validation item. `end` (-1 or -2) says where a user's history stops. Examples without negatives
-    are ranked among all untouched items.
+
+def rank_by(fit, dataset, examples, sequences, end):
+    """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
+
+    A user's history stops before item `end` (-1 or -2). Examples without negatives are ranked among all untouched.
     """
-    number = {item: i for i, item in enumerate(dataset.items)}
-    few = [[number[item] for item in [*e.history, e.positive]] for e in training]
-    full = [[number[item] for item in items[:-2]] for items in dataset.sequences.values() if len(items) > 2]
-    result = []
-    for name, fit in (("popularity", fit_popularity), ("item knn", fit_item_knn), ("markov", fit_markov),
-                      ("sasrec", fit_sasrec)):
-        for label, sequences in (f"{len(few)} shots", few), ("all users", full):
-            score_items, rank = fit(sequences, len(dataset.items)), []
-            for example in examples:
-                touched = [number[item] for item in dataset.sequences[example.user]]
-                scores = score_items([number[item] for item in dataset.sequences[example.user][:end]])
-                others = np.delete(np.arange(len(scores)), touched)
-                if example.negatives:
-                    others = [number[item] for item in example.negatives]
-                rank.append(1 + (scores[others] >= scores[number[example.positive]]).sum())
-            result.append((f"{name}, {label}", np.array(rank)))
-    return result
+    number, result = {item: i for i, item in enumerate(dataset.items)}, []
+    score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
+    for example in examples:
+        touched = [number[item] for item in dataset.sequences[example.user]]
+        scores = score_items(touched[:end])
+        others = [number[item] for item in example.negatives] or np.delete(np.arange(len(number)), touched)
+        result.append(1 + (scores[others] >= scores[number[example.positive]]).sum())
+    return np.array(result)
+
+
+def rank_baselines(dataset, examples, split, seen, candidates):
+    """Every traditional method, fitted to exactly the [(shots, seed)] that adapters saw, and to all that users did
+    before the validation item -> {row name: [metrics]}."""
+    rows, end = {}, {"validation": -2, "test": -1}[split]
+    full = [items[:-2] for items in dataset.sequences.values() if len(items) > 2]
+    for name, fit in BASELINES.items():
+        for count, seed in seen:
+            few = [[*shot.history, shot.positive] for shot in data.shots(dataset, count, 0, seed)]
+            rank = rank_by(fit, dataset, examples, few, end)
+            rows.setdefault(f"{name}, {count} shots", []).append(measure(rank, candidates))
+        rows[f"{name}, all users"] = [measure(rank_by(fit, dataset, examples, full, end), candidates)]
+    return rows
 
 
 # One person's recommendations, and why
@@ -364,8 +373,9 @@ def print_person(report, effects, width):
     names = list(report["recommended"][0]["rank"])
     print("\n".join(["The history, oldest first:", *(f"  {columns(title, width - 2).rstrip()}" for title in
                                                     report["history"][-data.HISTORY:])]))
-    print(f"\nOf {report['titles']} other titles {report['model']} ranks first ("
-          f"{', '.join(names[:-1])}: their ranks for the same title):\n")
+    others = f" ({', '.join(names[:-1])}: their ranks for the same title)" if names[:-1] else ""
+    text = f"Of {report['titles']} other titles {report['model']} ranks first{others}:"
+    print(f"\n{textwrap.fill(text, width)}\n")
     print("  rank   score" + "".join(f"{name:>7}" for name in names[:-1]) + "  title")
     rows = [*report["recommended"], *([report["held_out"]] if report["held_out"] else [])]
     for number, row in enumerate(rows):
@@ -538,6 +548,9 @@ def evaluate(model, tokenizer, dataset, adapters, args):
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if candidates == "all"
                 else ranks(score(model, tokens, title=name)))
         rows.setdefault(name, []).append(measure(rank, count))
+    if args.baselines:
+        seen = sorted({(saved.get("shots", 100), saved.get("seed", 0)) for _, _, saved in adapters}) or [(100, 0)]
+        rows |= rank_baselines(dataset, examples, args.split, seen, count)
     named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
               {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}) for name, runs in rows.items()]
     return {"data": dataset.name, "split": args.split, "candidates": candidates, "users": len(examples),
@@ -560,6 +573,8 @@ def parse():
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
+    parser.add_argument("--baselines", action="store_true", help="also popularity, item neighbours, a Markov chain and "
+                        "SASRec, each trained on the adapters' shots and on everybody's data")
     parser.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
     parser.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
     parser.add_argument("--top", type=positive, default=10, help="so many of them (default: %(default)s)")
@@ -626,7 +641,7 @@ def main():
     run = runs_folder(args.data)
     adapters = find_adapters(args.adapters or ([run] if run.exists() else []), args.data)
     if not adapters:
-        print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): the base model only")
+        print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
     if args.prompt == "candidates" and args.candidates == "all":
         raise ValueError("--candidates all cannot be listed in a prompt")
@@ -675,7 +690,8 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
         a, b = explain(model, tokenizer, dataset, history, pair)
         scores = score(model, tokenize(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
-        print(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; for the first rather than the second:")
+        print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
+                            "rather than the second:", width))
         print_bars(history, a - b, np.argsort(b - a), width)
     return report
 

@@ -818,6 +818,82 @@ def test_users_may_have_unlike_numbers_of_candidates():
     assert evaluation.ranks(scores)[1] <= 2
 
 
+def test_traditional_scores_by_hand():
+    sequences = [[0, 1, 2], [0, 1], [3, 1]]
+    assert evaluation.fit_popularity(sequences, 5)([2]).tolist() == [2, 3, 1, 1, 0]
+    knn = evaluation.fit_item_knn(sequences, 5)
+    close(knn([0]), [0, 2 / math.sqrt(6), 1 / math.sqrt(2), 0, 0], 1e-6)  # 0 and 1 share two users of 2 and 3
+    close(knn([0, 2])[1], 2 / math.sqrt(6) + 1 / math.sqrt(3), 1e-6)
+    markov = evaluation.fit_markov(sequences, 5)
+    assert np.argsort(-markov([3, 0]), kind="stable").tolist() == [1, 0, 2, 3, 4]  # 0 -> 1 twice, then by popularity
+    assert markov([4]).argmax() == 1  # nothing followed 4
+
+
+def test_sasrec_learns_what_comes_next():
+    dataset = toy_data()
+    examples = data.heldout(dataset, "test", 19)
+    training = [items[:-2] for items in dataset.sequences.values()]
+    learnt = evaluation.rank_by(evaluation.fit_sasrec, dataset, examples, training, -1)
+    assert (learnt == 1).mean() > 0.8, learnt  # the toy users walk along a circle
+    popular = evaluation.rank_by(evaluation.fit_popularity, dataset, examples, training, -1)
+    assert (popular == 1).mean() < 0.4
+    every = data.heldout(dataset, "test", 0)  # no negatives: among all
+    assert (evaluation.rank_by(evaluation.fit_markov, dataset, every, training, -1) == 1).mean() > 0.8
+
+
+def test_explanations_are_the_change_in_log_odds_without_an_item():
+    dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
+    history, titles = dataset.items[:3], dataset.items[5:7]
+    effects = evaluation.explain(model, tokenizer, dataset, history, titles)
+    assert effects.shape == (2, 3)
+
+    def odds(history, title):
+        prompt, (response,) = data.tokenize(tokenizer, data.Example("", history, title, []), dataset.heading)
+        logp = one_by_one(model, [(prompt, [response])])[0][0]
+        return float(logp - torch.log1p(-logp.exp()))
+    close(effects[1, 0], odds(history, titles[1]) - odds(history[1:], titles[1]), 1e-4)
+
+
+def test_people_get_lists_with_reasons_that_read_well_everywhere():
+    with toy_world():
+        status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--user", "3", "--top", 4,
+                                   "--explain", "--json", "person.json", "--dtype", "float32")
+        assert status == 0, err
+        report = json.loads(Path("person.json").read_text())
+        dataset = data.load("toy.csv")
+        assert report["history"] == dataset.sequences["3"][:-1]
+        assert report["held_out"]["title"] == dataset.sequences["3"][-1]
+        assert [row["rank"]["base"] for row in report["recommended"]] == [1, 2, 3, 4]
+        assert not {row["title"] for row in report["recommended"]} & set(report["history"])
+        assert all(row["title"] in out for row in report["recommended"]) and "<- what came next" in out
+        assert set(report["recommended"][0]["effects"]) == set(report["history"]) and "\x1b" not in out
+        before = dict(os.environ)
+        try:
+            os.environ["COLUMNS"] = "44"
+            typed, pair = f"{dataset.items[3].upper()};{dataset.items[0]}", dataset.items[8:10]
+            status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--history", typed,
+                                       "--compare", *pair)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        assert status == 0 and dataset.items[3] in out and max(map(len, out.splitlines())) <= 44, (out, err)
+        for args, words in ((("--user", "nobody"), ("no such user",)), (("--history", " ; "), ("no title",)),
+                            (("--history", dataset.items[3][:-2]), ("closest", dataset.items[3]))):
+            status, _, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", *args)
+            assert status == 1 and all(word in err for word in words), err
+        status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--explain", "--users", 5)
+        assert status == 0 and "95 % interval" in out, err
+        status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--baselines", "--users", 5)
+        assert status == 0 and "sasrec, all users" in out and "popularity, 100 shots" in out, err
+
+
+def test_titles_of_any_script_line_up():
+    for text, shown in (("abc", "abc   "), ("abcdefgh", "abcdef"), ("映画館", "映画館"), ("映画館x", "映画館"),
+                        ("x映画館", "x映画 "),
+                        ("e\u0301e\u0301", "e\u0301e\u0301    "), ("فيلم", "فيلم  ")):
+        assert evaluation.columns(text, 6) == shown, text
+
+
 def test_ranking_all_items_leaves_out_what_the_user_touched():
     dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
     examples = data.heldout(dataset, "test", 31, users=4)  # 40 titles, 9 touched: 31 others, so the same as "all"
@@ -935,7 +1011,7 @@ def assert_same_files(a, b):
     for stage in ("sft", "dmpo"):
         for name in ("adapter_model.safetensors", "adapter_config.json", "args.json"):
             assert (Path(a) / stage / name).read_bytes() == (Path(b) / stage / name).read_bytes(), (stage, name)
-        one, two = ([(line["step"], line.get("loss")) for line in map(json.loads, open(Path(run) / stage / "log.jsonl"))]
+        one, two = ([(line["step"], line.get("loss")) for line in map(json.loads, open(f"{run}/{stage}/log.jsonl"))]
                     for run in (a, b))
         assert one == two, (one, two)
         assert {p.name for p in (Path(a) / stage).iterdir()} == {p.name for p in (Path(b) / stage).iterdir()}

@@ -67,7 +67,7 @@ def parse():
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
     args.out = args.out or str(evaluation.runs_folder(args.data))
-    args.split = "test"  # of the closing table
+    args.split, args.baselines = "test", False  # of the closing table
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
     if args.prompt == "candidates" and args.candidates == "all":
         parser.error("--candidates all cannot be listed in a prompt")
