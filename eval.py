@@ -210,7 +210,7 @@ class SASRec(nn.Module):
         return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
 
 
-def fit_sasrec(sequences, items, epochs=100, seed=0):
+def fit_sasrec(sequences, items, epochs=60, seed=0):
     """SASRec trained for so many passes over the sequences, each a random window of at most 50 items."""
     torch.manual_seed(seed)
     rng, model = random.Random(seed), SASRec(items)
