@@ -302,7 +302,8 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 
     adapters: [(name, folder or None)]; each title's rank under every one of them is given.
     """
-    new = np.array([item not in set(history) for item in dataset.items])
+    seen = set(history)
+    new = np.array([item not in seen for item in dataset.items])
     titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
     for name, folder in adapters:
         lora.detach(model)

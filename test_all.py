@@ -17,6 +17,7 @@ import tempfile
 import time
 import unittest
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -588,7 +589,26 @@ def test_the_authors_released_data_have_the_shape_that_the_readme_states():
         assert [len(dataset.given[split]) for split in ("train", "validation", "test")] == [100, 1000, 1000]
         assert all(len(e.negatives) == 5 for e in dataset.given["train"])
         assert all(len(e.negatives) == 1 for e in dataset.given["test"])
+        counts = Counter(title for e in dataset.given["test"] for title in e.history)
+        right = np.mean([np.sign(counts[e.positive] - counts[e.negatives[0]]) / 2 + 0.5 for e in dataset.given["test"]])
+        assert abs(right - {"paper-ml-1m": 0.608, "paper-amazon-movies": 0.516}.get(name, 0.545)) < 0.001, (name, right)
     assert dataset.heading == "Video games bought, in order:"
+
+
+def test_ties_in_time_decide_what_is_last_in_ml_100k():
+    if not all((data.cache() / name).exists() for name in ("ml-100k.inter", "ml-100k.item")):
+        raise unittest.SkipTest("MovieLens-100K is not in the cache")
+    rows = list(data.read_table(data.cache() / "ml-100k.inter", ["user_id", "item_id", "timestamp"]))
+    seconds = Counter((user, second) for _, user, _, second in rows)
+    assert 0.75 < sum(count for count in seconds.values() if count > 1) / len(rows) < 0.77
+    ndcg = {}
+    for order in ("film", "file"):
+        dataset = data.from_events((user, (float(time), int(film) if order == "film" else line), film)
+                                   for line, user, film, time in rows)
+        rank = evaluation.rank_by(evaluation.fit_popularity, dataset, data.heldout(dataset, "test", 19),
+                                  [items[:-2] for items in dataset.sequences.values()], -1)
+        ndcg[order] = evaluation.measure(rank, 20)["NDCG@10"].mean()
+    assert ndcg["film"] < 0.48 and ndcg["file"] > 0.51, ndcg
 
 
 def test_popular_negatives_come_as_often_as_they_occur():
