@@ -131,16 +131,21 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
 def heldout(dataset, split, negatives, seed=0, users=None):
     """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them.
 
-    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given".
+    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given". None takes the
+    data's own if there are any, else 19, or as many as there can be. The history is the user's whole one.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
         examples = dataset.given[split]
     else:  # at least one item for a history
-        examples = [Example(user, items[:end][-HISTORY:], items[end], [])
+        examples = [Example(user, items[:end], items[end], [])
                     for user, items in sorted(dataset.sequences.items()) if len(items) > -end]
     if not examples:
         raise ValueError(f"{dataset.name}: no user has enough items for a {split} example")
+    if negatives is None:
+        most = max(len(dataset.sequences[example.user]) for example in examples)
+        own = all(example.negatives for example in examples)
+        negatives = "given" if own else max(1, min(19, len(dataset.items) - most))
     if users is not None and users < len(examples):
         examples = [examples[i] for i in sorted(random.Random(f"{seed} users").sample(range(len(examples)), users))]
     if negatives == "given":
@@ -153,11 +158,11 @@ def heldout(dataset, split, negatives, seed=0, users=None):
 
 
 def shots(dataset, count, negatives, seed, sample="given"):
-    """`count` training Examples, each by another user while users last: first every user's latest training item.
+    """`count` training Examples: the data's own, shuffled; or all users' latest training items, then those before, ..
 
-    A smaller count with the same seed takes a part of the same examples. Negatives are drawn from all that users
-    touched in the training part, each title alike ("uniform") or as often as it was touched ("popular"); with "given",
-    those that the data bring come first. ValueError if there are not so many examples.
+    A smaller count with the same seed takes a part of the same examples. Negatives are drawn from all titles (of the
+    training examples, where the data bring those), each alike ("uniform") or as often as users touched it ("popular");
+    with "given", those that the data bring come first. ValueError if there are not so many examples.
     """
     pool = dataset.items
     if dataset.given:
@@ -178,9 +183,10 @@ def shots(dataset, count, negatives, seed, sample="given"):
 
 
 def given_shots(dataset, seed):
-    """The data's own training examples, shuffled: (Example, titles its user touched, purpose of the draw)."""
-    for example in random.Random(f"{seed} shots").sample(dataset.given["train"], len(dataset.given["train"])):
-        yield example, {*example.history, example.positive}, "train"
+    """The data's own training examples, shuffled: (Example, titles its user touched, what a draw is for)."""
+    numbered = list(enumerate(dataset.given["train"]))
+    for number, example in random.Random(f"{seed} shots").sample(numbered, len(numbered)):
+        yield example, set(dataset.sequences[example.user]), f"train {number}"
 
 
 def sequence_shots(dataset, seed):
@@ -194,6 +200,14 @@ def sequence_shots(dataset, seed):
             if position >= 1:  # something stands before it
                 yield (Example(user, items[max(0, position - HISTORY):position], items[position], []), set(items),
                        f"train {back}" if back else "train")
+
+
+def interactions(dataset):
+    """Each user's titles before the validation item, oldest first: what any method may learn from."""
+    if dataset.given:
+        return [[*e.history, e.positive] for e in dataset.given["train"]] + [
+            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]
+    return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
 
 
 # Data sets
@@ -376,7 +390,7 @@ def read_example(text, where, line):
     if positive in negatives or len(set(negatives)) < len(negatives):
         raise ValueError(f"{where}: a negative stands twice or is the positive")
     user, split = row.get("user", f"line {line}"), row.get("split")
-    if not isinstance(user, (str, int)) or split not in (None, "train", "validation", "test"):
+    if type(user) not in (str, int) or split not in (None, "train", "validation", "test"):
         raise ValueError(f"{where}: user must be text or an integer, and split train, validation or test")
     return Example(str(user), history, positive, negatives), split
 

@@ -1,10 +1,12 @@
-"""Rank items for held-out users and say how well: HR@K, NDCG@K, MRR, with intervals and paired differences.
+"""Rank each user's held-out item and say how well: HR@K, NDCG@K, MRR, with intervals and paired differences.
 
     python eval.py                       base, SFT and DMPO, from the adapters that train.py saved
     python eval.py runs/a runs/b runs/c  the same for several runs: rows of one name are averaged, user by user
+    python eval.py --baselines           beside popularity, item neighbours, a Markov chain and SASRec
+    python eval.py --user 42 --explain   what to recommend to one person, and which history items speak for it
 
 A candidate's score is the mean log-probability of its title's tokens after the user's prompt: the sum would favour
-short titles. A positive ranks below every candidate that it ties with.
+short titles. A positive ranks below every candidate that it ties with, or a constant model would be perfect.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 import textwrap
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,7 @@ def score_catalogue(model, tokenizer, dataset, catalogue, history):
     """Mean log-probability of every item after one history -> (items,) float64 array, in the order of dataset.items."""
     batches, lengths = catalogue
     prompt = tokenizer.encode(data.prompt(history, dataset.heading)).ids
+    check_length(model, "of this history", len(prompt) + lengths.max())
     scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy() / lengths
     if not np.isfinite(scores).all():
         raise ValueError("the model's log-probabilities are not finite; the adapter is broken")
@@ -133,7 +137,7 @@ def summarise(rows):
         row = {"name": name, **{key: float(value.mean()) for key, value in values.items()},
                "ci95": {key: interval(value) for key, value in values.items()}}
         if i:
-            traditional = ", " in name
+            traditional = name.split(", ")[0] in BASELINES
             to = 0 if name.startswith("sft") else last if traditional else sft
             paired = {key: value - rows[to][1][key] for key, value in values.items()}
             row["difference"] = {"to": rows[to][0], **{key: float(value.mean()) for key, value in paired.items()},
@@ -245,70 +249,74 @@ def fit_sasrec(sequences, items, epochs=60, seed=0):
 BASELINES = {"popularity": fit_popularity, "item knn": fit_item_knn, "markov": fit_markov, "sasrec": fit_sasrec}
 
 
-def rank_by(fit, dataset, examples, sequences, end):
+def rank_by(fit, dataset, examples, sequences):
     """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
 
-    A user's history stops before item `end` (-1 or -2). Examples without negatives are ranked among all untouched.
+    Examples without negatives are ranked among all that their users have not touched.
     """
     number, result = {item: i for i, item in enumerate(dataset.items)}, []
     score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
     for example in examples:
-        touched = [number[item] for item in dataset.sequences[example.user]]
-        scores = score_items(touched[:end])
-        others = [number[item] for item in example.negatives] or np.delete(np.arange(len(number)), touched)
+        scores = score_items([number[item] for item in example.history])
+        others = [number[item] for item in example.negatives]
+        if not others:
+            others = np.delete(np.arange(len(number)), [number[item] for item in dataset.sequences[example.user]])
         result.append(1 + (scores[others] >= scores[number[example.positive]]).sum())
     return np.array(result)
 
 
-def rank_baselines(dataset, examples, split, seen, candidates):
+def rank_baselines(dataset, examples, seen, candidates):
     """Every traditional method, fitted to exactly the [(shots, seed)] that adapters saw, and to all that users did
     before the validation item -> {row name: [metrics]}."""
-    rows, end = {}, {"validation": -2, "test": -1}[split]
-    full = [items[:-2] for items in dataset.sequences.values() if len(items) > 2]
+    rows = {}
     for name, fit in BASELINES.items():
         for count, seed in seen:
             few = [[*shot.history, shot.positive] for shot in data.shots(dataset, count, 0, seed)]
-            rank = rank_by(fit, dataset, examples, few, end)
-            rows.setdefault(f"{name}, {count} shots", []).append(measure(rank, candidates))
-        rows[f"{name}, all users"] = [measure(rank_by(fit, dataset, examples, full, end), candidates)]
+            rows.setdefault(f"{name}, {count} shots", []).append(
+                measure(rank_by(fit, dataset, examples, few), candidates))
+        rows[f"{name}, all users"] = [measure(rank_by(fit, dataset, examples, data.interactions(dataset)), candidates)]
     return rows
 
 
 # One person's recommendations, and why
 
 
+def find_title(dataset, title, option):
+    """The title as the data write it, whatever its capitals; ValueError with the closest ones where there is none."""
+    known = {item.casefold(): item for item in dataset.items}
+    if title.casefold() not in known:
+        close = difflib.get_close_matches(title.casefold(), known, 4, 0.4)
+        raise ValueError(f"{option}: {dataset.name} has no {title!r}; the closest: "
+                         f"{'; '.join(known[name] for name in close) or 'none'}")
+    return known[title.casefold()]
+
+
 def find_person(dataset, user, text):
     """(history, what came next or None) of a user of the data, or of titles typed in with ";" between them."""
-    if text is None:
-        if user not in dataset.sequences:
-            raise ValueError(f"--user {user}: no such user in {dataset.name} (they are called "
-                             f"{', '.join(list(dataset.sequences)[:3])}, ..)")
+    if text is not None:
+        history = [find_title(dataset, title.strip(), "--history") for title in text.split(";") if title.strip()]
+        name, positive = "--history", None
+    elif user not in dataset.sequences:
+        raise ValueError(f"--user {user}: no such user in {dataset.name} (they are called "
+                         f"{', '.join(list(dataset.sequences)[:3])}, ..)")
+    else:
         *history, positive = dataset.sequences[user]
-        return history, positive
-    known = {item.casefold(): item for item in dataset.items}
-    history = [title.strip() for title in text.split(";") if title.strip()]
-    for title in history:
-        if title.casefold() not in known:
-            close = difflib.get_close_matches(title.casefold(), known, 4, 0.4)
-            raise ValueError(f"--history: {dataset.name} has no {title!r}; the closest: "
-                             f"{'; '.join(known[name] for name in close) or 'none'}")
-    if not history:
-        raise ValueError("--history names no title")
-    return [known[title.casefold()] for title in history], None
+        name = f"--user {user}"
+    if not history or len(set(history)) == len(dataset.items):
+        raise ValueError(f"{name}: {'the history holds every title' if history else 'there is no history'}")
+    return list(dict.fromkeys(history)), positive
 
 
 def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     """The `top` titles that the last model ranks first among those not in the history -> a report (JSON-able).
 
-    adapters: [(name, folder or None)]; each title's rank under every one of them is given.
+    adapters: [(name, folder or None, ..)]; each title's rank under every one of them is given.
     """
     seen = set(history)
     new = np.array([item not in seen for item in dataset.items])
     titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
-    for name, folder in adapters:
-        lora.detach(model)
-        if folder is not None:
-            lora.load(model, folder)
+    for name, folder, *_ in adapters:
+        use_adapter(model, folder)
         scores[name] = score_catalogue(model, tokenizer, dataset, catalogue, history)[new]
     order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
     rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
@@ -339,8 +347,10 @@ def deletion_test(model, tokenizer, dataset, examples, removed=3, draws=5, seed=
     """Do explanations mean something? The rank of each user's first title once its reasons are gone -> two (users,).
 
     Of the example's candidates the title that ranks first is explained; the first array has its rank without the
-    `removed` history items that speak for it most, the second its mean rank without as many random ones.
+    `removed` history items that speak for it most, the second its mean rank without as many random ones. Users with
+    no more history than that are left out.
     """
+    examples = [example for example in examples if len(example.history) > removed]
     rng, reasons, chance = np.random.default_rng(seed), [], []
     for example in tqdm(examples, desc="deletion test", unit="user", disable=None, leave=False):
         history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
@@ -371,25 +381,25 @@ def columns(text, width):
 
 def print_person(report, effects, width):
     """A report of `recommend`, and what `explain` says of each title, as text."""
-    names = list(report["recommended"][0]["rank"])
-    print("\n".join(["The history, oldest first:", *(f"  {columns(title, width - 2).rstrip()}" for title in
-                                                    report["history"][-data.HISTORY:])]))
-    others = f" ({', '.join(names[:-1])}: their ranks for the same title)" if names[:-1] else ""
-    text = f"Of {report['titles']} other titles {report['model']} ranks first{others}:"
+    *others, name = report["recommended"][0]["rank"]
+    latest, rows = report["history"][-data.HISTORY:], list(report["recommended"])
+    if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
+        rows.append(report["held_out"])
+    print("\n".join(["The history, oldest first:", *(f"  {columns(title, width - 2).rstrip()}" for title in latest)]))
+    text = f"Of {report['titles']} other titles {name} ranks first" + (
+        f" ({', '.join(others)}: their ranks for the same title):" if others else ":")
     print(f"\n{textwrap.fill(text, width)}\n")
-    print("  rank   score" + "".join(f"{name:>7}" for name in names[:-1]) + "  title")
-    rows = [*report["recommended"], *([report["held_out"]] if report["held_out"] else [])]
+    print("  rank   score" + "".join(f"{other:>{max(7, len(other) + 1)}}" for other in others) + "  title")
     for number, row in enumerate(rows):
         if number == len(report["recommended"]):
-            if row in report["recommended"]:
-                break
             print("   ...")
-        start = f"{row['rank'][names[-1]]:6}{row['score']:8.2f}" + "".join(f"{row['rank'][n]:7}" for n in names[:-1])
+        start = f"{row['rank'][name]:6}{row['score']:8.2f}" + "".join(
+            f"{row['rank'][other]:{max(7, len(other) + 1)}}" for other in others)
         mark = "  <- what came next" if row["held_out"] else ""
         print(f"{start}  {columns(row['title'], max(10, width - len(start) - 2 - len(mark))).rstrip()}{mark}")
         if effects is not None and number < len(effects):
             best = np.argsort(-effects[number])
-            print_bars(report["history"][-data.HISTORY:], effects[number], [*best[:3], best[-1]][:len(best)], width)
+            print_bars(latest, effects[number], dict.fromkeys([*best[:3], best[-1]]), width)
 
 
 def print_bars(history, effect, shown, width):
@@ -494,32 +504,42 @@ def open_all(args, model_name, device, dtype):
     return dataset, model, tokenizer
 
 
+def check_length(model, whose, tokens):
+    """ValueError where a prompt and a title have more tokens than the model takes."""
+    if tokens > model.config.max_position_embeddings:
+        raise ValueError(f"the prompt {whose} and a title have {tokens} tokens, more than the "
+                         f"{model.config.max_position_embeddings} that the model takes")
+
+
 def tokenize(model, tokenizer, dataset, examples, choices_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
     result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
-        if len(prompt) + max(map(len, responses)) > model.config.max_position_embeddings:
-            raise ValueError(f"user {example.user}: {len(prompt)} tokens of prompt and a title are more than the "
-                             f"{model.config.max_position_embeddings} that the model takes")
+        check_length(model, f"of user {example.user}", len(prompt) + max(map(len, responses)))
     return result
 
 
-def find_adapters(paths, data_name):
-    """[(row name, folder, args.json)]: a path is an adapter, or a run that holds some; sft precedes what starts there.
-
-    A row's name says on which data it was trained if that was not `data_name`.
-    """
+def find_adapters(paths):
+    """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
+    and DMPO last. Adapters of one name are averaged, so they may differ in seed and data alone."""
     found = []
     for path in map(Path, paths):
-        folders = [path] if (path / "adapter_config.json").exists() else sorted(
-            (config.parent for config in path.glob("*/adapter_config.json")), key=lambda p: (p.name != "sft", p.name))
+        folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
+            (weights.parent for weights in path.glob("*/adapter_model.safetensors")),
+            key=lambda p: (p.name != "sft", p.name == "dmpo", p.name))
         if not folders:
             raise ValueError(f"{path}: no adapter there (train one: python train.py --stage dmpo)")
         for folder in folders:
+            base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
-            other = saved.get("data", data_name) != data_name
-            found.append((f"{folder.name} ({saved['data']})" if other else folder.name, folder, saved))
-    return sorted(found, key=lambda entry: [name for name, *_ in found].index(entry[0]))
+            found.append((folder.name, folder, {"model": base or "smollm2-135m"} | saved))
+    for name, folder, saved in found:
+        first = next(other for other_name, _, other in found if other_name == name)
+        for key in (saved.keys() & first.keys()) - {"seed", "reference", "data", "heading", "dtype"}:
+            if saved[key] != first[key]:
+                raise ValueError(f"{folder}: its {key} is {saved[key]}, that of another {name} {first[key]}: "
+                                 "evaluate them one by one")
+    return found
 
 
 def inherit(adapters, key, default):
@@ -530,31 +550,44 @@ def inherit(adapters, key, default):
     return values.pop()
 
 
-def evaluate(model, tokenizer, dataset, adapters, args):
-    """Rank the held-out items with the base model and with each of [(row name, folder, ..)] -> the report (JSON-able).
+def use_adapter(model, folder):
+    """Give the model the adapter in `folder` in place of the one that it has; None takes that off."""
+    lora.detach(model)
+    if folder is not None:
+        lora.load(model, folder)
 
-    args: candidates (None: the data's own, else 20), prompt, users, seed, split; as parse() describes them.
+
+def heldout(dataset, args):
+    """The examples that args (split, candidates, seed, users) ask for; with --candidates all, without negatives."""
+    negatives = 0 if args.candidates == "all" else args.candidates  # None, "given", or a number
+    negatives = negatives - 1 if isinstance(negatives, int) and negatives else negatives
+    return data.heldout(dataset, args.split, negatives, args.seed, args.users)
+
+
+def evaluate(model, tokenizer, dataset, adapters, args):
+    """Rank the held-out items with the base model and with each of [(name, folder, args.json)] -> a JSON-able report.
+
+    args: candidates (None: the data's own, else 20), prompt, users, seed, split, baselines; as parse() describes them.
     """
-    own = dataset.given and all(example.negatives for example in dataset.given[args.split])
-    candidates = args.candidates or ("given" if own else 20)
-    drawn = {"all": 0, "given": "given"}.get(candidates) if isinstance(candidates, str) else candidates - 1
-    examples = data.heldout(dataset, args.split, drawn, args.seed, args.users)
+    examples = heldout(dataset, args)
     tokens = tokenize(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
-    count = len(dataset.items) if candidates == "all" else max(len(responses) for _, responses in tokens)
-    rows = {}  # name: [{metric: (users,)} of each adapter of that name]
-    for name, folder, *_ in [("base", None), *adapters]:
-        lora.detach(model)
-        if folder is not None:
-            lora.load(model, folder)
-        rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if candidates == "all"
+    whole = args.candidates == "all"
+    count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
+    rows, seen = {}, set()  # {name: [metrics of each adapter]}, and which (shots, seed) they were trained on
+    for name, folder, saved in [("base", None, {}), *adapters]:
+        use_adapter(model, folder)
+        if saved.get("data", dataset.name) != dataset.name:
+            name = f"{name} ({saved['data']})"
+        elif saved:
+            seen.add((saved["shots"], saved["seed"]))
+        rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, tokens, title=name)))
         rows.setdefault(name, []).append(measure(rank, count))
     if args.baselines:
-        seen = sorted({(saved.get("shots", 100), saved.get("seed", 0)) for _, _, saved in adapters}) or [(100, 0)]
-        rows |= rank_baselines(dataset, examples, args.split, seen, count)
+        rows |= rank_baselines(dataset, examples, sorted(seen), count)
     named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
               {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}) for name, runs in rows.items()]
-    return {"data": dataset.name, "split": args.split, "candidates": candidates, "users": len(examples),
+    return {"data": dataset.name, "split": args.split, "candidates": args.candidates or count, "users": len(examples),
             "seed": args.seed, "rows": summarise(named)}
 
 
@@ -563,7 +596,7 @@ def parse():
     parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
-    add_data_options(parser)
+    add_data_options(parser, "that of the adapters")
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
@@ -576,15 +609,20 @@ def parse():
     parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
     parser.add_argument("--baselines", action="store_true", help="also popularity, item neighbours, a Markov chain and "
                         "SASRec, each trained on the adapters' shots and on everybody's data")
-    parser.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
-    parser.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
+    person = parser.add_mutually_exclusive_group()
+    person.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
+    person.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
     parser.add_argument("--top", type=positive, default=10, help="so many of them (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON")
     add_machine_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.person = args.user is not None or args.history is not None
+    if args.compare and not args.person:
+        parser.error("--compare needs --user or --history")
+    return args
 
 
 def positive(text):
@@ -616,10 +654,11 @@ def runs_folder(data_name):
     return Path("runs") / (Path(data_name).stem or data_name)
 
 
-def add_data_options(parser):
+def add_data_options(parser, default="ml-100k"):
     """--data, --noun and --verb, the same for train.py."""
-    parser.add_argument("--data", default="ml-100k", help="ml-100k, ml-1m, paper-ml-1m, paper-amazon-movies, "
-                        "paper-amazon-games, or a .csv, .tsv or .jsonl file (default: %(default)s)")
+    parser.add_argument("--data", default="ml-100k" if default == "ml-100k" else None,
+                        help="ml-100k, ml-1m, paper-ml-1m, paper-amazon-movies, paper-amazon-games, or a .csv, .tsv or "
+                             f".jsonl file (default: {default})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
 
@@ -637,18 +676,22 @@ def write_json(path, value):
 
 
 def main():
-    """The command: find model, data and adapters; rank; print."""
+    """The command: find model, data and adapters; then a table, a person's list, or the test of explanations."""
     args = parse()
-    run = runs_folder(args.data)
-    adapters = find_adapters(args.adapters or ([run] if run.exists() else []), args.data)
+    run = runs_folder(args.data or "ml-100k")
+    adapters = find_adapters(args.adapters or ([run] if any(run.glob("*/adapter_model.safetensors")) else []))
     if not adapters:
         print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
+    args.data = args.data or inherit(adapters, "data", "ml-100k")
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
-    if args.prompt == "candidates" and args.candidates == "all":
-        raise ValueError("--candidates all cannot be listed in a prompt")
+    if args.prompt == "candidates" and (args.candidates == "all" or args.person or args.explain):
+        raise ValueError("a whole catalogue cannot be listed in a prompt: this needs --prompt history")
     device, dtype = choose_device(args.device, args.dtype)
     dataset, model, tokenizer = open_all(args, args.model or inherit(adapters, "model", "smollm2-135m"), device, dtype)
-    if args.user or args.history:
+    if not args.noun and not args.verb:  # as the adapters of these data were told
+        own = [adapter for adapter in adapters if adapter[2].get("data") == args.data]
+        dataset = replace(dataset, heading=inherit(own, "heading", dataset.heading))
+    if args.person:
         report = answer(model, tokenizer, dataset, adapters, args)
     elif args.explain:
         report = test_explanations(model, tokenizer, dataset, adapters, args)
@@ -657,8 +700,8 @@ def main():
         report = evaluate(model, tokenizer, dataset, adapters, args)
         seconds = time.perf_counter() - began
         print_table(report)
-        print(f"\n{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s in {str(dtype)[6:]} on {device}; "
-              f"peak memory {peak_memory(device):.1f} GiB")
+        speed = "" if args.baselines else f"{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s "
+        print(f"\n{speed}in {str(dtype)[6:]} on {device}; peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
         write_json(args.json, report)
 
@@ -667,27 +710,27 @@ def answer(model, tokenizer, dataset, adapters, args):
     """--user and --history: print the recommendations of the last adapter, or a comparison; returns what was said."""
     width = min(120, shutil.get_terminal_size().columns)
     history, positive = find_person(dataset, args.user, args.history)
-    named = [("base", None), *((name, folder) for name, folder, _ in adapters)]
-    named = [pair for pair in named if pair[0] != "dmpo"] + [pair for pair in named if pair[0] == "dmpo"]
+    if len({name for name, *_ in adapters}) < len(adapters):
+        raise ValueError("several adapters have one name: name the run that is to recommend")
+    named, latest, effects = [("base", None, {}), *adapters], history[-data.HISTORY:], None
     if args.compare:
-        return compare(model, tokenizer, dataset, named, history[-data.HISTORY:], args.compare, width)
+        return compare(model, tokenizer, dataset, named, latest, args.compare, width)
     report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
-    rows, latest, effects = report["recommended"], history[-data.HISTORY:], None
     if args.explain:
-        effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in rows])
-        for row, effect in zip(rows, effects):
+        effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
+        for row, effect in zip(report["recommended"], effects):
             row["effects"] = dict(zip(latest, effect.tolist()))
     print_person(report, effects, width)
     return report
 
 
 def compare(model, tokenizer, dataset, adapters, history, pair, width):
-    """Print and return, model by model, the log-odds of title A over B and what each history item does for it."""
-    pair, report = find_person(dataset, None, "; ".join(pair))[0], {}
-    for name, folder in adapters:
-        lora.detach(model)
-        if folder is not None:
-            lora.load(model, folder)
+    """Print and return, model by model, what each history item does for title A rather than B, and their scores."""
+    pair, report = [find_title(dataset, title, "--compare") for title in pair], {}
+    if pair[0] == pair[1]:
+        raise ValueError(f"--compare: both titles are {pair[0]!r}")
+    for name, folder, *_ in adapters:
+        use_adapter(model, folder)
         a, b = explain(model, tokenizer, dataset, history, pair)
         scores = score(model, tokenize(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
@@ -700,15 +743,17 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
 def test_explanations(model, tokenizer, dataset, adapters, args):
     """--explain for nobody in particular: the deletion test on --users (200 unless given) with the last adapter."""
     if adapters:
-        lora.load(model, adapters[-1][1])
+        use_adapter(model, adapters[-1][1])
     examples = data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
     reasons, chance = deletion_test(model, tokenizer, dataset, examples, seed=args.seed)
-    report = {"users": len(examples), "rank_without_reasons": float(reasons.mean()),
+    if not len(reasons):
+        raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
+    report = {"users": len(reasons), "rank_without_reasons": float(reasons.mean()),
               "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
               "ci95": interval(reasons - chance)}
     print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
           f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
-          f"{report['ci95'][0]:+.2f} to {report['ci95'][1]:+.2f}; {len(examples)} users)")
+          f"{report['ci95'][0]:+.2f} to {report['ci95'][1]:+.2f}; {len(reasons)} users)")
     return report
 
 

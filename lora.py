@@ -136,7 +136,7 @@ def load(model, folder):
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: no readable adapter ({error})") from None
     refuse_unsupported(path, config)
-    if any(min(value.shape, default=0) != config["r"] for value in saved.values()):
+    if any(value.ndim != 2 or value.shape[0 if "lora_A" in key else 1] != config["r"] for key, value in saved.items()):
         raise ValueError(f"{weights}: its tensors do not fit r {config['r']} in {path.name}")
     detach(model)
     attach(model, config["r"], config["lora_alpha"], config["target_modules"])

@@ -8,6 +8,7 @@ log-probabilities of the training trees are taken once, before the first step.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ import model as llama
 DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
+HARD = 5  # --sample hard picks among so many times as many negatives
 TOKENS = 1024  # nodes in one forward and backward pass, which keeps every activation
 
 
@@ -126,24 +128,26 @@ def load_checkpoint(path, model, optimizer, settings):
     """Set adapters and optimiser as they were -> steps done, 0 without a checkpoint; ValueError if it does not fit."""
     if not path.exists():
         return 0
-    tensors = llama.read_tensors(path)
     try:
+        tensors = llama.read_tensors(path)
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
         if about["sha256"] != checksum(tensors):
             raise ValueError("its checksum is wrong")
-        require_same(path.parent, about["settings"], settings, settings)
-        for key, value in lora.state(model).items():
-            value.copy_(tensors[f"adapter.{key}"])
-        saved, groups = {}, optimizer.state_dict()["param_groups"]
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                saved.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": saved, "param_groups": groups})
-        return int(about["steps"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot go on from this checkpoint ({error}); delete it to start anew") from None
+        saved, steps = about["settings"], int(about["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: a damaged checkpoint ({error}); delete it to start anew") from None
+    require_same(path.parent, saved, settings, settings)
+    for key, value in lora.state(model).items():
+        value.copy_(tensors[f"adapter.{key}"])
+    state = optimizer.state_dict()
+    for key in tensors:
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = tensors[key]
+    optimizer.load_state_dict(state)
+    print(f"going on after step {steps}, from {path}")
+    return steps
 
 
 def checksum(tensors):
@@ -233,13 +237,13 @@ def prepare(model, tokenizer, dataset, settings):
     """The stage's training examples and the validation examples, as token ids."""
     seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
     choices_seed = seed if settings["prompt"] == "candidates" else None
-    shots = data.shots(dataset, settings["shots"], k * 5 if sample == "hard" else k, seed, sample)
-    if sample == "hard":  # of five times as many, the k that the reference takes for the likeliest
+    shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample)
+    if sample == "hard":  # of many more, the k that the reference takes for the likeliest
         scores = evaluation.score(model, evaluation.tokenize(model, tokenizer, dataset, shots))[:, 1:]  # (N, 5k)
         shots = [replace(shot, negatives=[shot.negatives[i] for i in row])
                  for shot, row in zip(shots, np.argsort(-scores)[:, :k])]
-    own = dataset.given and all(example.negatives for example in dataset.given["validation"])
-    validation = data.heldout(dataset, "validation", "given" if own else 19, users=VALIDATION_USERS)
+    none = dataset.given and not dataset.given["validation"]
+    validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
     examples, validation = (evaluation.tokenize(model, tokenizer, dataset, part, choices_seed)
                             for part in (shots, validation))
     if settings["stage"] == "sft":  # which learns from the positive alone
@@ -260,8 +264,10 @@ def train(model, tokenizer, dataset, settings, folder):
     schedule = Schedule(settings["lr"], epochs * steps)
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     lines, saved = read_log(folder, done), time.perf_counter()
-    with open(folder / "log.jsonl" if main_process else os.devnull, "w", encoding="utf-8") as log:
-        log.writelines(json.dumps(line) + "\n" for line in lines)
+    evaluation.add_up(torch.zeros(1, device=model.head.device))  # all have read the log
+    if main_process:
+        lora.write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
         for epoch in range(1 + max(0, done - 1) // steps, epochs + 1):
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
             bar = tqdm(range(0, len(order), size), desc=f"{settings['stage']} epoch {epoch}/{epochs}",
@@ -279,19 +285,20 @@ def train(model, tokenizer, dataset, settings, folder):
                 if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                     save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
                     saved = time.perf_counter()
-            rank = evaluation.ranks(evaluation.score(model, validation, title="validation"))
-            ndcg = evaluation.measure(rank, 20)["NDCG@10"].mean()
+            rank = evaluation.ranks(evaluation.score(model, validation, title="validation")) if validation else []
+            ndcg = evaluation.measure(np.array(rank), 20)["NDCG@10"].mean() if validation else None
             lines.append({"step": epoch * steps, "epoch": epoch, "validation_ndcg@10": ndcg})
             log.write(json.dumps(lines[-1]) + "\n")
             loss = np.mean([line["loss"] for line in lines if "loss" in line and line["step"] >= (epoch - 1) * steps])
-            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}, "
-                  f"validation NDCG@10 {ndcg:.3f} ({len(validation)} users)")
+            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}"
+                  + (f", validation NDCG@10 {ndcg:.3f} ({len(validation)} users)" if validation else ""))
     if main_process:
         evaluation.write_json(folder / "args.json", settings)
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
-    report_speed(model, [line for line in lines if "loss" in line], len(examples) * epochs)
+    if steps_logged := [line for line in lines if "loss" in line]:  # none if the log was lost
+        report_speed(model, steps_logged, len(examples) * epochs)
 
 
 def step(model, optimizer, lr, examples, reference, picked, settings):
@@ -299,10 +306,10 @@ def step(model, optimizer, lr, examples, reference, picked, settings):
     began, optimizer.param_groups[0]["lr"] = time.perf_counter(), lr
     stats = backward(model, [examples[i] for i in picked], None if reference is None else reference[picked], settings)
     stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
-    if not math.isfinite(stats["loss"]):
-        raise ValueError(f"the loss is {stats['loss']} (lr {lr:.2g}, examples {picked}): nothing was updated; what was "
-                         "saved before is kept. Try a smaller --lr")
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
+    if not math.isfinite(stats["loss"] + norm):
+        raise ValueError(f"the loss is {stats['loss']}, its gradient's norm {norm} (lr {lr:.2g}, examples {picked}): "
+                         "nothing was updated; what was saved before is kept. Try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
     line = log_line(lr, stats, len(picked), time.perf_counter() - began)
@@ -310,10 +317,12 @@ def step(model, optimizer, lr, examples, reference, picked, settings):
 
 
 def read_log(folder, done):
-    """The lines that log.jsonl already has of the first `done` steps."""
-    if not done:
-        return []
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
+    """The lines that log.jsonl already has of the first `done` steps; one that was torn is left out."""
+    lines = []
+    if done and (folder / "log.jsonl").exists():
+        for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
     return [line for line in lines if line["step"] < done]
 
 
@@ -346,7 +355,9 @@ def main():
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
     if args.stage == "dmpo":
-        data.shots(dataset, args.shots, args.negatives, args.seed)  # fails now, not after SFT, if it must
+        count = args.negatives * (HARD if args.sample == "hard" else 1)
+        data.shots(dataset, args.shots, count, args.seed, args.sample)  # fails now, not after SFT, if it must
+    evaluation.heldout(dataset, args)
     adapters = []
     for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
@@ -364,11 +375,11 @@ def main():
         else:
             print(f"{stage} -> {folder}")
             train(model, tokenizer, dataset, settings, folder)
-        adapters.append((folder.name, folder))
+        adapters.append((folder.name, folder, settings))
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, args))
-    print(f"\nadapters in {', '.join(str(folder) for _, folder in adapters)}\n"
-          + (f"next: python eval.py {args.out}, the same table for all {len(dataset.sequences)} users"
-             if args.stage == "dmpo" else f"next: python train.py --stage dmpo --out {args.out}"))
+    print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
+          + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
+             else "next: the same command with --stage dmpo"))
 
 
 if __name__ == "__main__":
