@@ -140,7 +140,7 @@ def response_logps(model, batch, past=None):
     hidden = hidden.flatten(0, 1)[batch.rows]                                  # (P, D)
     chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
-    return F.pad(logps, (0, 1))[batch.paths].sum(-1)                           # (B, R, L) -> (B, R)
+    return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (B, R, L) -> (B, R); padded paths point to E, the 0 appended
 
 
 def pack_catalogue(responses, row=256, tokens=4096):
@@ -206,3 +206,6 @@ def sdpo_loss(policy, reference, beta):
     """-log σ(-log Σ_i exp(r_i - r_0)), averaged over the batch; arXiv 2406.09215. With k = 1 it is DPO."""
     r = rewards(policy, reference, beta)
     return -F.logsigmoid(-torch.logsumexp(r[:, 1:] - r[:, :1], -1)).mean()
+
+
+LOSSES = {"dmpo": dmpo_loss, "dpo": dmpo_loss, "sdpo": sdpo_loss}  # DPO is DMPO with one negative

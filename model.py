@@ -90,7 +90,7 @@ def rope_frequencies(config, device=None):
 class Rotate(torch.autograd.Function):
     """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position: x (B, T, heads, d).
 
-    The gradient of a rotation is the rotation back.
+    The gradient of a rotation is the rotation back; nothing but the angles need be kept for it.
     """
 
     @staticmethod

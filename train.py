@@ -52,7 +52,7 @@ def parse():
         stage: values["lr"] for stage, values in DEFAULTS.items()})
     add("--batch-size", type=positive, default=8, help="examples a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
-    add("--loss", choices=("dmpo", "dpo", "sdpo"), default="dmpo", help="preference loss (default: %(default)s)")
+    add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
@@ -211,9 +211,8 @@ def backward(model, examples, reference, settings):
         if settings["stage"] == "sft":
             loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / total)
         else:
-            function = dmpo.sdpo_loss if settings["loss"] == "sdpo" else dmpo.dmpo_loss
             share = len(group) / len(examples)
-            loss = function(policy, reference[group], settings["beta"]) * share
+            loss = dmpo.LOSSES[settings["loss"]](policy, reference[group], settings["beta"]) * share
             r = dmpo.rewards(policy.detach(), reference[group], settings["beta"])
             margin = r[:, 0] - r[:, 1:].mean(-1)
             stats["margin"] += margin.mean() * share
