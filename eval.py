@@ -600,19 +600,20 @@ def parse():
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
-    parser.add_argument("--users", type=positive, help="evaluate a random sample of so many users (default: all)")
+    parser.add_argument("--users", type=number(int, 1), help="evaluate a random sample of so many users (default: all)")
     parser.add_argument("--candidates", type=candidates, metavar="N",
                         help="rank the held-out item among so many, itself included; all: every item that the user "
                              "has not touched; given: those that the data bring (default: given if any, else 20)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="draws the candidates and the users (default: 0)")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0,
+                        help="draws the candidates and the users (default: 0)")
     parser.add_argument("--baselines", action="store_true", help="also popularity, item neighbours, a Markov chain and "
                         "SASRec, each trained on the adapters' shots and on everybody's data")
     person = parser.add_mutually_exclusive_group()
     person.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
     person.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
-    parser.add_argument("--top", type=positive, default=10, help="so many of them (default: %(default)s)")
+    parser.add_argument("--top", type=number(int, 1), default=10, help="so many of them (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
@@ -625,12 +626,14 @@ def parse():
     return args
 
 
-def positive(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def number(kind, low, high=math.inf):
+    """argparse type: an int or a float, at least `low` and below `high`."""
+    def read(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}" + f" and below {high}" * (high < math.inf))
+        return kind(text)
+    read.__name__ = kind.__name__  # argparse's "invalid int value" takes it from here
+    return read
 
 
 def candidates(text):
@@ -639,13 +642,6 @@ def candidates(text):
         return text
     if int(text) < 2:
         raise argparse.ArgumentTypeError("at least 2: the held-out item and one to compare it with")
-    return int(text)
-
-
-def seed(text):
-    """argparse type: an integer that a 64-bit generator takes."""
-    if not 0 <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
     return int(text)
 
 

@@ -40,7 +40,7 @@ TOKENS = 1024  # nodes in one forward and backward pass, which keeps every activ
 def parse():
     """The command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
-    add, positive = parser.add_argument, evaluation.positive
+    add, positive, above_zero = parser.add_argument, evaluation.number(int, 1), evaluation.number(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
     evaluation.add_data_options(parser)
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
@@ -61,7 +61,8 @@ def parse():
         "(default: given, filled up uniformly)")
     add("--prompt", choices=("history", "candidates"), default="history",
         help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
-    add("--seed", type=evaluation.seed, default=0, help="draws shots, negatives, adapters, order (default: 0)")
+    add("--seed", type=evaluation.number(int, 0, 2 ** 63), default=0,
+        help="draws shots, negatives, adapters, order (default: 0)")
     add("--candidates", type=evaluation.candidates, metavar="N", help="of the closing table: see eval.py --help")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
@@ -76,14 +77,6 @@ def parse():
     if args.loss == "dpo" and args.negatives != 1:
         parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
     return args
-
-
-def above_zero(text):
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 SHARED = ("data", "model", "heading", "prompt", "shots", "seed", "rank")  # settings that both stages must have alike
@@ -169,16 +162,12 @@ def lock(folder):
     return file
 
 
-class Schedule:
+def learning_rate(step, steps, peak):
     """Linear warm-up over the first tenth of the steps, then half a cosine down to zero."""
-
-    def __init__(self, peak, steps):
-        self.peak, self.steps, self.warmup = peak, steps, max(1, steps // 10)
-
-    def __call__(self, step):
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        return self.peak * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))) / 2
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
 @torch.no_grad()
@@ -260,7 +249,6 @@ def train(model, tokenizer, dataset, settings, folder):
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(examples) / size)  # of one epoch
-    schedule = Schedule(settings["lr"], epochs * steps)
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     lines, saved = read_log(folder, done), time.perf_counter()
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # all have read the log
@@ -274,8 +262,8 @@ def train(model, tokenizer, dataset, settings, folder):
             for number, start in enumerate(bar, (epoch - 1) * steps):
                 if number < done:
                     continue
-                picked = order[start:start + size]
-                line = step(model, optimizer, schedule(number), examples, reference, picked, settings)
+                picked, lr = order[start:start + size], learning_rate(number, epochs * steps, settings["lr"])
+                line = step(model, optimizer, lr, examples, reference, picked, settings)
                 lines.append({"step": number, **line})
                 log.write(json.dumps(lines[-1]) + "\n")
                 log.flush()
