@@ -586,9 +586,8 @@ def read_gguf(path):
     if bytes(take("B", 4)) != b"GGUF" or take("I") != 3:
         raise ValueError(f"{path}: not a GGUF file of version 3")
     tensor_count, pairs = take("Q"), take("Q")
-    text = lambda: value(8)
-    meta = {text(): value(take("I")) for _ in range(pairs)}
-    table = [(text(), [take("Q") for _ in range(take("I"))][::-1], take("I"), take("Q")) for _ in range(tensor_count)]
+    meta = {value(8): value(take("I")) for _ in range(pairs)}
+    table = [(value(8), [take("Q") for _ in range(take("I"))][::-1], take("I"), take("Q")) for _ in range(tensor_count)]
     return meta, tensors(table, at + -at % meta.get("general.alignment", 32))
 
 

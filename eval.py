@@ -493,8 +493,8 @@ def peak_memory(device):
 def open_all(args, model_name, device, dtype):
     """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
     me, processes = world()
-    for turn in range(2):
-        if (me > 0) == turn:
+    for others in (False, True):
+        if (me > 0) == others:
             dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
         add_up(torch.zeros(1, device=device))
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)

@@ -70,7 +70,6 @@ def parse():
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
     args.out = args.out or str(evaluation.runs_folder(args.data))
-    args.split, args.baselines = "test", False  # of the closing table
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
     if args.prompt == "candidates" and args.candidates == "all":
         parser.error("--candidates all cannot be listed in a prompt")
@@ -344,7 +343,9 @@ def main():
     if args.stage == "dmpo":
         count = args.negatives * (HARD if args.sample == "hard" else 1)
         data.shots(dataset, args.shots, count, args.seed, args.sample)  # fails now, not after SFT, if it must
-    evaluation.heldout(dataset, args)
+    closing = argparse.Namespace(split="test", candidates=args.candidates, users=args.users, prompt=args.prompt, seed=0,
+                                 baselines=False)  # what eval.py would take, whatever this run's seed
+    evaluation.heldout(dataset, closing)
     adapters = []
     for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
@@ -363,7 +364,7 @@ def main():
             print(f"{stage} -> {folder}")
             train(model, tokenizer, dataset, settings, folder)
         adapters.append((folder.name, folder, settings))
-    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, args))
+    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, closing))
     print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
              else "next: the same command with --stage dmpo"))
