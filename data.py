@@ -256,7 +256,7 @@ def articles_first(title):
 
 
 def from_events(events):
-    """A Dataset of (user, sortable time, title) events; what a user touches again counts once, the first time."""
+    """A Dataset of (user, time, title) events, equal times in the order given; a title again counts the first time."""
     users = {}
     for user, time, title in events:
         users.setdefault(user, []).append((time, title))
@@ -292,15 +292,15 @@ def load_ml_1m(archive):
 
 
 def rated(path, rows, titles):
-    """(line, user, film, time) rows of MovieLens -> events: equal times are ordered by the film's number."""
+    """(line, user, film, time) rows of MovieLens -> events."""
     for line, user, film, time in rows:
         if film not in titles:
             raise ValueError(f"{path}: line {line}: film {film[:40]!r} has no title")
-        yield user, (as_number(time, path, line), as_number(film, path, line)), titles[film]
+        yield user, as_number(time, path, line), titles[film]
 
 
 def load_interactions(path):
-    """Your own: a table with a header and the columns user, item, timestamp, title; equal times keep their order.
+    """Your own: a table with a header and the columns user, item, timestamp, title.
 
     The item's id only says that rows belong together: an id with two titles is refused.
     """

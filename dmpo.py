@@ -107,24 +107,24 @@ def pack(examples, multiple=16):
 class LogSumExp(torch.autograd.Function):
     """log Σ_v exp(h · w_v) over a frozen vocabulary projection w (V, D), for h (P, D) -> (P,) float32.
 
-    Its gradient in h is the expected embedding Σ_v p_v w_v, taken right away, piece by piece: neither (P, V) logits
-    nor probabilities are ever kept.
+    Its gradient in h is the expected embedding Σ_v p_v w_v, taken right away, piece by piece of the vocabulary: neither
+    (P, V) logits nor probabilities ever exist. It is flash attention (arXiv 2205.14135) with w for keys and values.
     """
 
     @staticmethod
     def forward(ctx, h, weight):
-        values, expected, ctx.dtype = [], [], h.dtype
-        for piece in h.split(256):
-            logits = (piece @ weight.T).float()  # (256, V)
-            top = logits.amax(-1, keepdim=True)
-            mass = logits.sub_(top).exp_()       # (256, V), p_v up to a factor
-            total = mass.sum(-1, keepdim=True)
-            values.append((top + total.log())[:, 0])
+        top = h.new_full((len(h), 1), -torch.inf, dtype=torch.float32)            # (P, 1), the largest logit so far
+        total, expected = torch.zeros_like(top), torch.zeros_like(h, dtype=torch.float32)
+        for piece in weight.split(4096):
+            logits = (h @ piece.T).float()                                        # (P, 4096)
+            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+            mass, shrink = logits.sub_(higher).exp_(), (top - higher).exp()
+            top, total = higher, total * shrink + mass.sum(-1, keepdim=True)
             if ctx.needs_input_grad[0]:
-                expected.append((mass.to(h.dtype) @ weight) / total)  # (256, D)
-        if expected:
-            ctx.save_for_backward(torch.cat(expected))
-        return torch.cat(values)
+                expected.mul_(shrink).add_(mass.to(h.dtype) @ piece)              # (P, D)
+        ctx.save_for_backward(expected / total)
+        ctx.dtype = h.dtype
+        return (top + total.log())[:, 0]
 
     @staticmethod
     def backward(ctx, grad):

@@ -37,7 +37,7 @@ import dmpo
 import lora
 import model as llama
 
-TOKENS = 2048  # nodes in one forward pass: enough for large matrix products, small enough for any machine
+TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix products, yet memory has a bound
 
 
 # From scores to numbers

@@ -424,7 +424,7 @@ def test_negatives_are_untouched_distinct_uniform_and_depend_on_seed_and_user_al
     refused(lambda: data.heldout(dataset, "test", 35), "too few")
 
 
-def test_interactions_are_ordered_by_time_then_item_and_bad_files_are_refused_by_line():
+def test_interactions_are_ordered_by_time_then_as_in_the_file_and_bad_files_are_refused_by_line():
     items = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n" \
             "1\tMatrix, The\t1999\tx\n2\tHeat\t1995\tx\n3\tHeat\t1995\tx\n10\tunknown\t\t\n"
     inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" \
@@ -434,7 +434,7 @@ def test_interactions_are_ordered_by_time_then_item_and_bad_files_are_refused_by
         b.write_text(items)
         a.write_text(inter)
         dataset = data.load_ml_100k(a, b)
-        assert dataset.sequences == {"7": ["Heat (1995)", "unknown", "The Matrix (1999)"], "8": ["The Matrix (1999)"]}
+        assert dataset.sequences == {"7": ["unknown", "Heat (1995)", "The Matrix (1999)"], "8": ["The Matrix (1999)"]}
         assert dataset.items == ["Heat (1995)", "The Matrix (1999)", "unknown"]
         for text, word in (("user_id\titem_id\n", "timestamp"), ("", "user_id"), (inter + "7\t1\n", "line 7"),
                            (inter + "7\t99\t3\t5\n", "line 7: film '99'"), (inter + "7\t1\t3\tnan\n", "not a number")):
@@ -936,19 +936,19 @@ def test_schedule_warms_up_and_ends_near_zero():
 
 def test_groups_give_the_gradient_of_the_whole_batch():
     examples = random_examples(random.Random(3), 6)
-    before = train.TOKENS
+    before = evaluation.TOKENS
     for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5},
                      {"stage": "dmpo", "loss": "sdpo", "beta": 0.5}):
         gradients = []
         for budget in (10000, 1):
             torch.manual_seed(0)
             model = nonzero(lora.attach(tiny(), 4, 8))
-            train.TOKENS = budget
+            evaluation.TOKENS = budget
             reference = torch.full((6, 3), -20.0)
             try:
                 stats = train.backward(model, examples, reference, settings)
             finally:
-                train.TOKENS = before
+                evaluation.TOKENS = before
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         close(gradients[0], gradients[1], 1e-5)
         assert stats["loss"] > 0

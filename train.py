@@ -34,7 +34,6 @@ DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
 HARD = 5  # --sample hard picks among so many times as many negatives
-TOKENS = 1024  # nodes in one forward and backward pass, which keeps every activation
 
 
 def parse():
@@ -189,7 +188,7 @@ def backward(model, examples, reference, settings):
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
     total = sum(len(responses[0]) for _, responses in examples)
-    for group in dmpo.group([examples[i] for i in mine], TOKENS):
+    for group in dmpo.group([examples[i] for i in mine], evaluation.TOKENS):
         group = [mine[i] for i in group]
         batch = dmpo.pack([examples[i] for i in group])
         stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
