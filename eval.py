@@ -521,7 +521,7 @@ def tokenize(model, tokenizer, dataset, examples, choices_seed=None):
 
 def find_adapters(paths):
     """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name are averaged, so they may differ in seed and data alone."""
+    and DMPO last. Adapters of one name are averaged: one that differs in more than seed and data has that in its name."""
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
@@ -533,12 +533,11 @@ def find_adapters(paths):
             base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
             found.append((folder.name, folder, {"model": base or "smollm2-135m"} | saved))
-    for name, folder, saved in found:
-        first = next(other for other_name, _, other in found if other_name == name)
-        for key in (saved.keys() & first.keys()) - {"seed", "reference", "data", "heading", "dtype"}:
-            if saved[key] != first[key]:
-                raise ValueError(f"{folder}: its {key} is {saved[key]}, that of another {name} {first[key]}: "
-                                 "evaluate them one by one")
+    for i, (name, folder, saved) in enumerate(found):
+        alike = [other for other_name, _, other in found if other_name.split(", ")[0] == name]
+        unlike = [key for key in saved if key not in ("seed", "reference", "data", "heading", "dtype")
+                  and any(other.get(key) != saved[key] for other in alike)]
+        found[i] = ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)]), folder, saved
     return found
 
 

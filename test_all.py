@@ -1153,13 +1153,16 @@ def test_two_processes_make_the_adapter_and_the_table_of_one():
 def test_every_loss_and_start_trains_and_lands_in_its_folder():
     with toy_world():
         for extra, folder in ((("--loss", "sdpo"), "sdpo"), (("--loss", "dpo"), "dpo"),
-                              (("--init", "base", "--out", "frombase"), "dmpo")):
+                              (("--init", "base", "--out", "frombase"), "dmpo"),
+                              (("--init", "base", "--out", "two", "--negatives", 2), "dmpo")):
             status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
             assert status == 0, err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
         assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
         status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy.csv")
         assert status == 0 and out.index("sft") < out.index("dpo"), err
+        status, out, err = command(evaluation.main, "frombase", "two", "frombase/dmpo", "--data", "toy.csv")
+        assert status == 0 and "dmpo, negatives 4 x2" in out and "dmpo, negatives 2 " in out, (out, err)
 
 
 def test_hard_negatives_are_those_that_the_reference_scores_highest():
