@@ -535,7 +535,7 @@ def find_adapters(paths):
             found.append((folder.name, folder, {"model": base or "smollm2-135m"} | saved))
     for i, (name, folder, saved) in enumerate(found):
         alike = [other for other_name, _, other in found if other_name.split(", ")[0] == name]
-        unlike = [key for key in saved if key not in ("seed", "reference", "data", "heading", "dtype")
+        unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
                   and any(other.get(key) != saved[key] for other in alike)]
         found[i] = ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)]), folder, saved
     return found
@@ -768,12 +768,17 @@ def run(main):
     keep_freed_memory()
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of GPU memory; try --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def main():
         save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
         os.replace(out / "model.safetensors.part", out / "model.safetensors")
     except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     print(f"wrote {out}")
 
 

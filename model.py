@@ -310,6 +310,9 @@ def load(path, device="cpu", dtype=torch.float32):
                        if not key.endswith("rotary_emb.inv_freq"))  # which rope_frequencies computes
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
+    layers = len({key.split(".")[2] for key in weights if key.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:  # seen before so many are made
+        raise ValueError(f"{folder}: weights and config.json disagree: {layers} layers, {config.num_hidden_layers}")
     with torch.device("meta"):
         model = Llama(config)
     try:

@@ -77,7 +77,7 @@ def parse():
     return args
 
 
-SHARED = ("data", "model", "heading", "prompt", "shots", "seed", "rank")  # settings that both stages must have alike
+SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "seed", "rank")  # settings that both stages must have alike
 
 
 def stage_settings(args, stage):
@@ -248,10 +248,10 @@ def train(model, tokenizer, dataset, settings, folder):
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(examples) / size)  # of one epoch
     done = load_checkpoint(checkpoint, model, optimizer, settings)
-    lines, saved = read_log(folder, done), time.perf_counter()
+    old, lines, saved = read_log(folder, done), [], time.perf_counter()
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # all have read the log
     if main_process:
-        lora.write_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        lora.write_file(folder / "log.jsonl", "".join(line + "\n" for line in old).encode())
     with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
         for epoch in range(1 + max(0, done - 1) // steps, epochs + 1):
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
@@ -274,16 +274,16 @@ def train(model, tokenizer, dataset, settings, folder):
             ndcg = evaluation.measure(np.array(rank), 20)["NDCG@10"].mean() if validation else None
             lines.append({"step": epoch * steps, "epoch": epoch, "validation_ndcg@10": ndcg})
             log.write(json.dumps(lines[-1]) + "\n")
-            loss = np.mean([line["loss"] for line in lines if "loss" in line and line["step"] >= (epoch - 1) * steps])
-            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}"
+            losses = [line["loss"] for line in lines if "loss" in line and line["step"] >= (epoch - 1) * steps]
+            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {np.mean(losses or math.nan):.3f}"
                   + (f", validation NDCG@10 {ndcg:.3f} ({len(validation)} users)" if validation else ""))
     if main_process:
         evaluation.write_json(folder / "args.json", settings)
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
     evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
-    if steps_logged := [line for line in lines if "loss" in line]:  # none if the log was lost
-        report_speed(model, steps_logged, len(examples) * epochs)
+    if steps_logged := [line for line in lines if "loss" in line]:  # none if only the end was missing
+        report_speed(model, steps_logged)
 
 
 def step(model, optimizer, lr, examples, reference, picked, settings):
@@ -305,10 +305,11 @@ def read_log(folder, done):
     """The lines that log.jsonl already has of the first `done` steps; one that was torn is left out."""
     lines = []
     if done and (folder / "log.jsonl").exists():
-        for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-    return [line for line in lines if line["step"] < done]
+        for text in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                line = json.loads(text)
+                lines += [text] * (line["step"] < done)
+    return lines
 
 
 def log_line(lr, stats, examples, seconds):
@@ -318,14 +319,14 @@ def log_line(lr, stats, examples, seconds):
             **{key: value / seconds for key, value in rates.items()}}
 
 
-def report_speed(model, lines, examples):
-    """Print the stage's speed, beside that of plain matrix products (measured after each step), and its memory."""
+def report_speed(model, lines):
+    """Print the speed of these steps, beside that of plain matrix products (measured after each step), and the memory."""
     seconds = sum(line["seconds"] for line in lines)
-    tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
-                    for key in ("tokens_per_s", "flops_per_s"))
+    examples, tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
+                              for key in ("examples_per_s", "tokens_per_s", "flops_per_s"))
     peak = torch.tensor(np.median([line["peak_flops_per_s"] for line in lines]), device=model.head.device)
     peak = float(evaluation.add_up(peak))  # of all processes together, as is the rate
-    print(f"{examples / seconds:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
+    print(f"{examples:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
           f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
 
@@ -335,7 +336,7 @@ def main():
     args = parse()
     device, dtype = evaluation.choose_device(args.device, args.dtype)
     dataset, model, tokenizer = evaluation.open_all(args, args.model, device, dtype)
-    args.heading = dataset.heading
+    args.heading, args.data_sha256 = dataset.heading, data.file_sha256(args.data) if Path(args.data).suffix else None
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
