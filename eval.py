@@ -521,7 +521,7 @@ def tokenize(model, tokenizer, dataset, examples, choices_seed=None):
 
 def find_adapters(paths):
     """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name are averaged: one that differs in more than seed and data has that in its name."""
+    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name."""
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(

@@ -252,7 +252,8 @@ def test_unsupported_or_damaged_models_are_refused_by_name():
         (dict(vocab_size=None), "vocab_size"), (dict(vocab_size=10 ** 30), "vocab_size"),
         (dict(rms_norm_eps=0), "rms_norm_eps"), (dict(head_dim=7), "odd"),
         (dict(num_key_value_heads=3), "evenly"), (dict(hidden_size=64), "disagree"),
-        (dict(num_hidden_layers=3), "disagree"), (dict(num_hidden_layers=10 ** 10), "2 layers"), (dict(tie_word_embeddings=False), "lm_head.weight"),
+        (dict(num_hidden_layers=3), "disagree"), (dict(num_hidden_layers=10 ** 10), "2 layers"),
+        (dict(tie_word_embeddings=False), "lm_head.weight"),
         (dict(rope_scaling={"type": "llama3", "factor": 8}), "low_freq_factor"),
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -650,8 +651,9 @@ def test_hub_ids_are_found_in_the_hubs_own_cache_without_a_network():
         (repo / "refs" / "main").write_text("abc")
         program = f"import sys; sys.path.insert(0, {str(Path(data.__file__).parent)!r}); import data, eval; "
         for name, status, word in (("some/model", 0, "snapshots/abc"), ("some/other", 1, "error: --model some/other")):
-            done = subprocess.run([sys.executable, "-c", program + f"eval.run(lambda: print(data.find_model({name!r})))"],
-                                  env={**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+            find = [sys.executable, "-c", program + f"eval.run(lambda: print(data.find_model({name!r})))"]
+            done = subprocess.run(find, env={**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}, capture_output=True,
+                                  text=True)
             assert done.returncode == status and word in done.stdout + done.stderr, done
             assert "Traceback" not in done.stderr
 
@@ -1260,12 +1262,12 @@ def test_bad_input_gets_one_line_and_a_status():
 # Untrusted files
 
 
-ACCIDENTS = (b"", b"\0", b"\xff" * 8, b"\x7f" * 8, b"-1", b"0", b"1e999", b"9" * 20, b"NaN", b"null", b"[]", b"{}", b'"', b"{",
-             b"../", b"\n", b"\r", b",", b"\t", b"\xed\xa0\x80", b"[" * 3000, b"true", b"1.5", b'"x":', b"::")
+ACCIDENTS = (b"", b"\0", b"\xff" * 8, b"\x7f" * 8, b"-1", b"0", b"1e999", b"9" * 20, b"NaN", b"null", b"[]", b"{}",
+    """The bytes after up to four accidents: bits flipped, pieces lost, repeated, overwritten or put in, no end."""
 
 
 def mutated(content, rng):
-    """The bytes after one to four accidents: bits flipped, pieces lost, repeated, overwritten, inserted, the end lost."""
+    """The bytes after up to four accidents: bits flipped, pieces lost, repeated, overwritten, inserted, no end."""
     for _ in range(rng.randint(1, 4)):
         kind, at, size = rng.randrange(6), rng.randrange(len(content) + 1), rng.choice((1, 1, 2, 4, 8, 64, 1000))
         before, piece, after = content[:at], content[at:at + size], content[at + size:]
@@ -1322,7 +1324,8 @@ def readers(folder):
             adapter / "adapter_model.safetensors": lambda: lora.load(tiny(), adapter), adapter / "args.json": adapters,
             run / "checkpoint.safetensors": lambda: train.load_checkpoint(run / "checkpoint.safetensors", model,
                                                                           optimizer, settings),
-            run / "log.jsonl": lambda: train.read_log(run, 9), folder / "own.csv": lambda: data.load(f"{folder}/own.csv"),
+            run / "log.jsonl": lambda: train.read_log(run, 9),
+            folder / "own.csv": lambda: data.load(f"{folder}/own.csv"),
             folder / "own.jsonl": lambda: data.load(f"{folder}/own.jsonl"),
             wheel: fetch}
 

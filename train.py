@@ -77,7 +77,7 @@ def parse():
     return args
 
 
-SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "seed", "rank")  # settings that both stages must have alike
+SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "seed", "rank")  # both stages have these alike
 
 
 def stage_settings(args, stage):
@@ -320,7 +320,7 @@ def log_line(lr, stats, examples, seconds):
 
 
 def report_speed(model, lines):
-    """Print the speed of these steps, beside that of plain matrix products (measured after each step), and the memory."""
+    """Print these steps' speed, beside that of plain matrix products (measured after each step), and the memory."""
     seconds = sum(line["seconds"] for line in lines)
     examples, tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
                               for key in ("examples_per_s", "tokens_per_s", "flops_per_s"))
