@@ -1263,7 +1263,8 @@ def test_bad_input_gets_one_line_and_a_status():
 
 
 ACCIDENTS = (b"", b"\0", b"\xff" * 8, b"\x7f" * 8, b"-1", b"0", b"1e999", b"9" * 20, b"NaN", b"null", b"[]", b"{}",
-    """The bytes after up to four accidents: bits flipped, pieces lost, repeated, overwritten or put in, no end."""
+             b'"', b"{", b"../", b"\n", b"\r", b",", b"\t", b"\xed\xa0\x80", b"[" * 3000, b"true", b"1.5", b'"x":',
+             b"::")
 
 
 def mutated(content, rng):
