@@ -106,7 +106,7 @@ def ranks(scores):
 
 
 def measure(rank, candidates):
-    """Every metric, user by user: rank (users,) among so many candidates -> {name: (users,)}.
+    """Every metric, user by user: rank (.., users) among so many candidates -> {name: (.., users)}.
 
     With one positive, NDCG@K is 1/log2(1 + rank), and with one negative AUC is the share of pairs in right order.
     """
@@ -265,17 +265,16 @@ def rank_by(fit, dataset, examples, sequences):
     return np.array(result)
 
 
-def rank_baselines(dataset, examples, seen, candidates):
+def rank_baselines(dataset, examples, seen):
     """Every traditional method, fitted to exactly the [(shots, seed)] that adapters saw, and to all that users did
-    before the validation item -> {row name: [metrics]}."""
-    rows = {}
+    before the validation item -> {name: [ranks (users,)]}."""
+    ranked = {}
     for name, fit in BASELINES.items():
         for count, seed in seen:
             few = [[*shot.history, shot.positive] for shot in data.shots(dataset, count, 0, seed)]
-            rows.setdefault(f"{name}, {count} shots", []).append(
-                measure(rank_by(fit, dataset, examples, few), candidates))
-        rows[f"{name}, all users"] = [measure(rank_by(fit, dataset, examples, data.interactions(dataset)), candidates)]
-    return rows
+            ranked.setdefault(f"{name}, {count} shots", []).append(rank_by(fit, dataset, examples, few))
+        ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, data.interactions(dataset))]
+    return ranked
 
 
 # One person's recommendations, and why
@@ -572,7 +571,7 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     tokens = tokenize(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
     count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
-    rows, seen = {}, set()  # {name: [metrics of each adapter]}, and which (shots, seed) they were trained on
+    ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and which (shots, seed) they were trained on
     for name, folder, saved in [("base", None, {}), *adapters]:
         use_adapter(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
@@ -581,13 +580,13 @@ def evaluate(model, tokenizer, dataset, adapters, args):
             seen.add((saved["shots"], saved["seed"]))
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, tokens, title=name)))
-        rows.setdefault(name, []).append(measure(rank, count))
+        ranked.setdefault(name, []).append(rank)
     if args.baselines:
-        rows |= rank_baselines(dataset, examples, sorted(seen), count)
-    named = [(name if len(runs) == 1 else f"{name} x{len(runs)}",
-              {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}) for name, runs in rows.items()]
+        ranked |= rank_baselines(dataset, examples, sorted(seen))
+    ranked = {name if len(runs) == 1 else f"{name} x{len(runs)}": np.array(runs) for name, runs in ranked.items()}
+    rows = [(name, {key: value.mean(0) for key, value in measure(rank, count).items()}) for name, rank in ranked.items()]
     return {"data": dataset.name, "split": args.split, "candidates": args.candidates or count, "users": len(examples),
-            "seed": args.seed, "rows": summarise(named)}
+            "seed": args.seed, "rows": summarise(rows), "ranks": {name: rank.tolist() for name, rank in ranked.items()}}
 
 
 def parse():
@@ -616,7 +615,7 @@ def parse():
     parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
-    parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON")
+    parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
     add_machine_options(parser)
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
