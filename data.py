@@ -91,7 +91,7 @@ def tokenize(tokenizer, example, heading, choices_seed=None):
             raise ValueError(f"this tokenizer merges the end of the prompt with the title {item!r}: it cannot be used")
         responses.append(ids[len(stub):])
     if choices_seed is not None:
-        random.Random(f"{choices_seed} choices {example.user}").shuffle(candidates)
+        random.Random(f"{choices_seed} choices {example.user} {example.history}").shuffle(candidates)
     text = prompt(example.history, heading, candidates if choices_seed is not None else ())
     return tokenizer.encode(text).ids, responses
 

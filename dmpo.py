@@ -1,8 +1,8 @@
-"""One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
+r"""One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
 
-    prompt ─ 199 ┬─ 5 ── Heat ── \\n         node i: token[i], parent[i], position[i] = depth
-                 └─ 9 ── Matrix ─ \\n        i may attend to j  ⇔  j is i or an ancestor of i
-           └ 1979 ── Alien ─ \\n             log p(response) = Σ over its path of log p(token | parent's hidden state)
+    prompt ─ 19 ┬ 95 ┬─ Heat ── \n      node i: token[i], parent[i], position[i] = depth
+                │    └─ Babe ── \n      i may attend to j  ⇔  j is i or an ancestor of i
+                └ 79 ── Alien ─ \n      log p(response) = Σ over its path of log p(token | parent's hidden state)
 
 Notable:
 - The prompt is computed once for all of a user's responses, and so is every beginning that responses share.
@@ -57,12 +57,18 @@ def tree(prompt, responses):
     return tokens, parents, list(edges), paths
 
 
+def padded(nodes):
+    """The next multiple of 16, so that the same shapes come back: a CPU's matrix library prepares each new shape anew,
+    and keeps what it prepared."""
+    return -(-nodes // 16) * 16
+
+
 def group(examples, budget):
     """Split the examples' indices into groups of like size whose padded trees hold at most `budget` nodes each.
 
     The nodes are counted before merging; an example larger than the budget gets a group of its own.
     """
-    sizes = [len(prompt) + sum(map(len, responses)) for prompt, responses in examples]
+    sizes = [padded(len(prompt) + sum(map(len, responses))) for prompt, responses in examples]
     groups = []
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # the latest is the longest
         if not groups or (len(groups[-1]) + 1) * sizes[i] > budget:
@@ -71,17 +77,12 @@ def group(examples, budget):
     return groups
 
 
-def pack(examples, multiple=16):
-    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response.
-
-    Rows are padded to a `multiple` of nodes, so that the same shapes come back: a CPU's matrix library prepares each
-    new shape anew, and keeps what it prepared.
-    """
+def pack(examples):
+    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response."""
     if any(not prompt or not all(responses) for prompt, responses in examples):
         raise ValueError("a prompt or a response has no tokens")
     trees = [tree(prompt, responses) for prompt, responses in examples]
-    B, T = len(trees), max(len(tokens) for tokens, *_ in trees)
-    T = -(-T // multiple) * multiple
+    B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
     R, L = max(len(paths) for *_, paths in trees), max(len(path) for *_, paths in trees for path in paths)
     E = sum(len(edges) for _, _, edges, _ in trees)
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
@@ -90,10 +91,10 @@ def pack(examples, multiple=16):
     nodes, targets = [], []
     for b, (tokens, parents, edges, responses) in enumerate(trees):
         ids[b, :len(tokens)] = torch.tensor(tokens)
-        trunk, allowed = len(examples[b][0]), mask[b].numpy()
-        allowed[:trunk, :trunk] |= torch.ones(trunk, trunk, dtype=torch.bool).tril().numpy()
+        trunk = len(examples[b][0])
+        mask[b, :trunk, :trunk] = torch.ones(trunk, trunk, dtype=torch.bool).tril()
         for node in range(trunk, len(tokens)):
-            allowed[node] |= allowed[parents[node]]
+            mask[b, node] |= mask[b, parents[node]]
         positions[b, :len(tokens)] = mask[b, :len(tokens)].sum(-1) - 1  # depth: the number of ancestors
         for r, path in enumerate(responses):
             paths[b, r, :len(path)] = torch.tensor(path) + len(targets)

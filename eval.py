@@ -44,26 +44,32 @@ TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix prod
 
 
 @torch.no_grad()
-def score(model, examples, tokens=TOKENS, title=""):
-    """Mean log-probability of each response -> (users, candidates) float64 array, the positive in column 0.
+def log_probabilities(model, examples, tokens=TOKENS, title=""):
+    """log π(response | prompt) of every response -> (users, candidates) float64 tensor, the positives in column 0.
 
-    examples: [(prompt ids, [response ids, ..]), ..]; where a user has fewer candidates than another, -inf.
+    examples: [(prompt ids, [response ids, ..]), ..]; where a user has fewer candidates than another, 0.
     """
     device, (me, processes) = model.head.device, world()
     width = max(len(responses) for _, responses in examples)
-    scores = torch.zeros(len(examples), width, dtype=torch.float64, device=device)
+    logps = torch.zeros(len(examples), width, dtype=torch.float64, device=device)
     with tqdm(total=len(examples), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
         for number, group in enumerate(dmpo.group(examples, tokens)):
             if number % processes == me:
-                batch = dmpo.pack([examples[i] for i in group]).to(device)
-                found = dmpo.response_logps(model, batch) / batch.lengths.clamp(min=1)  # (B, R)
-                scores[group, :found.shape[1]] = found.double()
+                found = dmpo.response_logps(model, dmpo.pack([examples[i] for i in group]).to(device))  # (B, R)
+                logps[group, :found.shape[1]] = found.double()
             bar.update(len(group))
-    scores = add_up(scores).cpu().numpy()
-    if not np.isfinite(scores).all():
+    if not add_up(logps).isfinite().all():
         raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
-    counts = np.array([len(responses) for _, responses in examples])
-    return np.where(np.arange(width) < counts[:, None], scores, -np.inf)
+    return logps
+
+
+def score(model, examples, tokens=TOKENS, title=""):
+    """Mean log-probability of each response's tokens -> (users, candidates) array; -inf where there is no candidate."""
+    logps = log_probabilities(model, examples, tokens, title).cpu().numpy()
+    lengths = np.zeros(logps.shape)
+    for row, (_, responses) in zip(lengths, examples):
+        row[:len(responses)] = [len(response) for response in responses]
+    return np.where(lengths > 0, logps / np.maximum(lengths, 1), -np.inf)
 
 
 def open_catalogue(model, tokenizer, dataset):
@@ -157,7 +163,7 @@ def print_table(report):
         return f"{name:{width}}" + "".join(f"{cell:>15}" for cell in cells)
 
     print(f"\n{report['data']}: {report['split']} items of {report['users']} users, "
-          f"{report['candidates']} candidates each (95 % intervals)")
+          f"candidates: {report['candidates']} (95 % intervals)")
     print(" " * width + "".join(f"{key:>15}" for key in names))
     for row in report["rows"]:
         print(line(row["name"], row))
@@ -312,7 +318,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     adapters: [(name, folder or None, ..)]; each title's rank under every one of them is given.
     """
     seen = set(history)
-    new = np.array([item not in seen for item in dataset.items])
+    new, last = np.array([item not in seen for item in dataset.items]), adapters[-1][0]
     titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
     for name, folder, *_ in adapters:
         use_adapter(model, folder)
@@ -321,11 +327,11 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
 
     def row(i):
-        return {"title": str(titles[i]), "score": float(scores[name][i]), "held_out": titles[i] == positive,
+        return {"title": str(titles[i]), "score": float(scores[last][i]), "held_out": titles[i] == positive,
                 "rank": {other: int(rank[other][i]) for other in scores}}
 
-    return {"data": dataset.name, "history": history, "model": name, "titles": len(titles),
-            "recommended": [row(i) for i in order[name][:top]],
+    return {"data": dataset.name, "history": history, "model": last, "titles": len(titles),
+            "recommended": [row(i) for i in order[last][:top]],
             "held_out": row(int(np.where(titles == positive)[0][0])) if positive else None}
 
 
@@ -336,8 +342,7 @@ def explain(model, tokenizer, dataset, history, titles):
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
-    tokens = tokenize(model, tokenizer, dataset, examples)
-    logps = score(model, tokens) * np.array([len(response) for response in tokens[0][1]])  # (1 + H, titles)
+    logps = log_probabilities(model, tokenize(model, tokenizer, dataset, examples)).cpu().numpy()  # (1 + H, titles)
     odds = logps - np.log1p(-np.exp(logps))
     return (odds[0] - odds[1:]).T
 
@@ -380,7 +385,8 @@ def columns(text, width):
 
 def print_person(report, effects, width):
     """A report of `recommend`, and what `explain` says of each title, as text."""
-    *others, name = report["recommended"][0]["rank"]
+    name = report["model"]
+    others = [other for other in report["recommended"][0]["rank"] if other != name]
     latest, rows = report["history"][-data.HISTORY:], list(report["recommended"])
     if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
         rows.append(report["held_out"])
@@ -425,6 +431,11 @@ def add_up(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def wait(device):
+    """For all the other processes to come to this point."""
+    add_up(torch.zeros(1, device=device))
 
 
 def choose_device(name, dtype):
@@ -486,7 +497,7 @@ def peak_memory(device):
     """GiB: of the GPU's memory where one is used, else the process's resident maximum."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def open_all(args, model_name, device, dtype):
@@ -495,7 +506,7 @@ def open_all(args, model_name, device, dtype):
     for others in (False, True):
         if (me > 0) == others:
             dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
-        add_up(torch.zeros(1, device=device))
+        wait(device)
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
@@ -531,7 +542,11 @@ def find_adapters(paths):
         for folder in folders:
             base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
-            found.append((folder.name, folder, {"model": base or "smollm2-135m"} | saved))
+            saved = {"model": base or "smollm2-135m"} | saved
+            for key in ("data", "model", "prompt", "heading"):
+                if not isinstance(saved.get(key, ""), str):
+                    raise ValueError(f"{folder / 'args.json'}: {key} is no text")
+            found.append((folder.name, folder, saved))
     for i, (name, folder, saved) in enumerate(found):
         alike = [other for other_name, _, other in found if other_name.split(", ")[0] == name]
         unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
@@ -576,7 +591,7 @@ def evaluate(model, tokenizer, dataset, adapters, args):
         use_adapter(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
-        elif saved:
+        elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"]))
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, tokens, title=name)))
@@ -688,7 +703,7 @@ def main():
     if args.person:
         report = answer(model, tokenizer, dataset, adapters, args)
     elif args.explain:
-        report = test_explanations(model, tokenizer, dataset, adapters, args)
+        report = check_explanations(model, tokenizer, dataset, adapters, args)
     else:
         began = time.perf_counter()
         report = evaluate(model, tokenizer, dataset, adapters, args)
@@ -734,7 +749,7 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
     return report
 
 
-def test_explanations(model, tokenizer, dataset, adapters, args):
+def check_explanations(model, tokenizer, dataset, adapters, args):
     """--explain for nobody in particular: the deletion test on --users (200 unless given) with the last adapter."""
     if adapters:
         use_adapter(model, adapters[-1][1])

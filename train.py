@@ -168,15 +168,6 @@ def learning_rate(step, steps, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-@torch.no_grad()
-def reference_logps(model, examples):
-    """The reference policy's sequence log-probabilities of all responses -> (N, 1+k) on the model's device."""
-    result = torch.empty(len(examples), len(examples[0][1]), device=model.head.device)
-    for group in dmpo.group(examples, evaluation.TOKENS):
-        result[group] = dmpo.response_logps(model, dmpo.pack([examples[i] for i in group]).to(result.device))
-    return result
-
-
 def backward(model, examples, reference, settings):
     """Gradients of one step's loss over its examples, in groups of bounded size -> what the log tells of the step.
 
@@ -242,14 +233,16 @@ def train(model, tokenizer, dataset, settings, folder):
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # as long as this function runs
     examples, validation = prepare(model, tokenizer, dataset, settings)
-    reference = reference_logps(model, examples) if settings["stage"] == "dmpo" else None
+    reference = None
+    if settings["stage"] == "dmpo":  # as long as the model is its own reference: no checkpoint is loaded yet
+        reference = evaluation.log_probabilities(model, examples, title="reference").float()  # (N, 1+k)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(examples) / size)  # of one epoch
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     old, lines, saved = read_log(folder, done), [], time.perf_counter()
-    evaluation.add_up(torch.zeros(1, device=model.head.device))  # all have read the log
+    evaluation.wait(model.head.device)  # all have read the log
     if main_process:
         lora.write_file(folder / "log.jsonl", "".join(line + "\n" for line in old).encode())
     with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
@@ -281,7 +274,7 @@ def train(model, tokenizer, dataset, settings, folder):
         evaluation.write_json(folder / "args.json", settings)
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
-    evaluation.add_up(torch.zeros(1, device=model.head.device))  # the others wait for the files
+    evaluation.wait(model.head.device)  # the others wait for the files
     if steps_logged := [line for line in lines if "loss" in line]:  # none if only the end was missing
         report_speed(model, steps_logged)
 
@@ -297,7 +290,7 @@ def step(model, optimizer, lr, examples, reference, picked, settings):
                          "nothing was updated; what was saved before is kept. Try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
-    line = log_line(lr, stats, len(picked), time.perf_counter() - began)
+    line = log_line(lr, stats, len(picked), time.perf_counter() - began)  # and, as shared machines' clocks drift:
     return line | {"peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}
 
 
@@ -345,7 +338,7 @@ def main():
         data.shots(dataset, args.shots, count, args.seed, args.sample)  # fails now, not after SFT, if it must
     closing = argparse.Namespace(split="test", candidates=args.candidates, users=args.users, prompt=args.prompt, seed=0,
                                  baselines=False)  # what eval.py would take, whatever this run's seed
-    evaluation.heldout(dataset, closing)
+    evaluation.heldout(dataset, closing)  # likewise
     adapters = []
     for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
