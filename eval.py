@@ -599,7 +599,8 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     if args.baselines:
         ranked |= rank_baselines(dataset, examples, sorted(seen))
     ranked = {name if len(runs) == 1 else f"{name} x{len(runs)}": np.array(runs) for name, runs in ranked.items()}
-    rows = [(name, {key: value.mean(0) for key, value in measure(rank, count).items()}) for name, rank in ranked.items()]
+    rows = [(name, {key: values.mean(0) for key, values in measure(runs, count).items()})  # of each user, over runs
+            for name, runs in ranked.items()]
     return {"data": dataset.name, "split": args.split, "candidates": args.candidates or count, "users": len(examples),
             "seed": args.seed, "rows": summarise(rows), "ranks": {name: rank.tolist() for name, rank in ranked.items()}}
 
