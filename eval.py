@@ -667,8 +667,7 @@ def runs_folder(data_name):
 def add_data_options(parser, default="ml-100k"):
     """--data, --noun and --verb, the same for train.py."""
     parser.add_argument("--data", default="ml-100k" if default == "ml-100k" else None,
-                        help="ml-100k, ml-1m, paper-ml-1m, paper-amazon-movies, paper-amazon-games, or a .csv, .tsv or "
-                             f".jsonl file (default: {default})")
+                        help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file (default: {default})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
 
