@@ -1176,7 +1176,8 @@ def test_two_processes_make_the_adapter_and_the_table_of_one():
                                    "--standalone", *map(str, args)], capture_output=True, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, timeout=100)
             assert done.returncode == 0, done.stderr[-2000:]
-            return done.stdout
+            table = done.stdout.partition("users/s")[0].splitlines()[:-1]
+            return [line for line in table if not line.startswith("[Gloo]")]  # which some versions of torch print
         for processes in (1, 2):
             launch(processes, train.__file__, *TOY, "--epochs", 1, "--batch-size", 5, "--out", f"by{processes}")
         one, two = (load_file(f"by{n}/dmpo/adapter_model.safetensors") for n in (1, 2))
@@ -1184,8 +1185,7 @@ def test_two_processes_make_the_adapter_and_the_table_of_one():
             close(one[key], two[key], 1e-5)
         one, two = (launch(n, evaluation.__file__, "by1", "--data", "toy.csv", "--dtype", "float32", "--device", "cpu")
                     for n in (1, 2))
-        assert one.split("users/s")[0].rsplit("\n", 1)[0] == two.split("users/s")[0].rsplit("\n", 1)[0]
-        assert "NDCG@10" in one
+        assert one == two and any("NDCG@10" in line for line in one), (one, two)
 
 
 def test_every_loss_and_start_trains_and_lands_in_its_folder():
