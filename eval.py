@@ -434,7 +434,7 @@ def add_up(tensor):
 
 
 def wait(device):
-    """For all the other processes to come to this point."""
+    """Wait until all processes have come to this point."""
     add_up(torch.zeros(1, device=device))
 
 

@@ -329,7 +329,8 @@ def main():
     args = parse()
     device, dtype = evaluation.choose_device(args.device, args.dtype)
     dataset, model, tokenizer = evaluation.open_all(args, args.model, device, dtype)
-    args.heading, args.data_sha256 = dataset.heading, None if args.data in data.DATASETS else data.file_sha256(args.data)
+    args.heading = dataset.heading
+    args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # edited is other
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
