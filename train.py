@@ -330,7 +330,7 @@ def main():
     device, dtype = evaluation.choose_device(args.device, args.dtype)
     dataset, model, tokenizer = evaluation.open_all(args, args.model, device, dtype)
     args.heading = dataset.heading
-    args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # edited is other
+    args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # it may be edited between
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
