@@ -157,12 +157,14 @@ def heldout(dataset, split, negatives, seed=0, users=None):
                                                         seed, split, example.user)) for example in examples]
 
 
-def shots(dataset, count, negatives, seed, sample="given"):
-    """`count` training Examples: the data's own, shuffled; or all users' latest training items, then those before, ..
+def shots(dataset, count, negatives, seed, sample="given", moments=1):
+    """`count` shots: the data's own, shuffled; or all users' latest training items, then those before, ..
 
-    A smaller count with the same seed takes a part of the same examples. Negatives are drawn from all titles (of the
-    training examples, where the data bring those), each alike ("uniform") or as often as users touched it ("popular");
-    with "given", those that the data bring come first. ValueError if there are not so many examples.
+    A shot is a list of Examples of one user: an item that came after at most HISTORY others, and before that Example
+    those of the others themselves, each after the ones before it; `moments` Examples in all, or as many as there are.
+    No item is learnt in two shots. A smaller count with the same seed takes a part of the same shots. Negatives are
+    drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often as
+    users touched it ("popular"); with "given", those that the data bring come first. ValueError if there are fewer.
     """
     pool = dataset.items
     if dataset.given:
@@ -171,12 +173,19 @@ def shots(dataset, count, negatives, seed, sample="given"):
     elif sample == "popular":
         pool = [item for items in dataset.sequences.values() for item in items[:-2]]
     result = []
-    for example, touched, purpose in (given_shots if dataset.given else sequence_shots)(dataset, seed):
+    moments = min(moments, HISTORY)
+    for example, touched, purpose in given_shots(dataset, seed) if dataset.given else sequence_shots(
+            dataset, seed, moments):
         if len(result) == count:
             return result
-        known = example.negatives[:negatives] if sample == "given" else []
-        drawn = sample_negatives(pool, touched.union(known), negatives - len(known), seed, purpose, example.user)
-        result.append(replace(example, negatives=known + drawn))
+        titles, shot = [*example.history[-HISTORY:], example.positive], []
+        for end in range(max(1, len(titles) - moments), len(titles)):
+            latest = end == len(titles) - 1
+            known = example.negatives[:negatives] if latest and sample == "given" else []
+            drawn = sample_negatives(pool, touched.union(known), negatives - len(known), seed,
+                                     purpose if latest else f"{purpose} moment {end}", example.user)
+            shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
+        result.append(shot)
     if len(result) < count:
         raise ValueError(f"{dataset.name} has {len(result)} training examples, fewer than {count} shots")
     return result
@@ -189,11 +198,11 @@ def given_shots(dataset, seed):
         yield example, set(dataset.sequences[example.user]), f"train {number}"
 
 
-def sequence_shots(dataset, seed):
-    """Each user's latest training item, then each user's latest but one, ..: as given_shots."""
+def sequence_shots(dataset, seed, step):
+    """Each user's latest training item, then each user's `step`th before it, and so on: as given_shots."""
     users = sorted(dataset.sequences)
     random.Random(f"{seed} shots").shuffle(users)
-    for back in range(max(map(len, dataset.sequences.values()), default=0)):
+    for back in range(0, max(map(len, dataset.sequences.values()), default=0), step):
         for user in users:
             items = dataset.sequences[user]
             position = len(items) - 3 - back  # before the validation and the test item

@@ -1,11 +1,12 @@
 r"""One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
 
-    prompt ─ 19 ┬ 95 ┬─ Heat ── \n      node i: token[i], parent[i], position[i] = depth
-                │    └─ Babe ── \n      i may attend to j  ⇔  j is i or an ancestor of i
-                └ 79 ── Alien ─ \n      log p(response) = Σ over its path of log p(token | parent's hidden state)
+    .. 2. ─ 19 ┬ 95 ─ Heat ─ \n ─ 3. ─ 19 ┬ 79 ─ Alien     node i: token[i], parent[i], position[i] = depth
+               │                          └ 86 ─ Aliens    i may attend to j  ⇔  j is i or an ancestor of i
+               └ 86 ─ Aliens                               log p(response) = Σ of log p(token | parent's hidden state)
 
 Notable:
-- The prompt is computed once for all of a user's responses, and so is every beginning that responses share.
+- The prompt is computed once for all responses to it, and so is whatever else begins alike: responses, and the prompts
+  of one user at several moments. Above, "2." is answered by Heat or Aliens, and then "3." by Alien or Aliens.
 - A response's last token needs no node: nothing is predicted from it.
 - It is exact: every node sees the tokens and positions that it would see in a row of its own.
 """
@@ -18,42 +19,49 @@ import torch.nn.functional as F
 
 @dataclass
 class Batch:
-    """B trees, padded to T nodes; E edges (a token predicted from a node), each response a path of at most L edges."""
+    """B trees, padded to T nodes, of N examples, of at most R responses and L tokens; E edges: tokens to predict."""
     ids: torch.Tensor        # (B, T) int64, the nodes' tokens
     positions: torch.Tensor  # (B, T) int64, their depths
     mask: torch.Tensor       # (B, T, T) bool, the node itself and its ancestors
     rows: torch.Tensor       # (P,) int64, the nodes (b * T + t) that predict a token
     sources: torch.Tensor    # (E,) int64, which of those P an edge starts from
     targets: torch.Tensor    # (E,) int64, the token that it predicts
-    paths: torch.Tensor      # (B, R, L) int64, each response's edges; E where there is none
-    lengths: torch.Tensor    # (B, R) int64, tokens in each response; 0 where a tree has fewer than R
+    paths: torch.Tensor      # (N, R, L) int64, each response's edges; E where there is none
+    lengths: torch.Tensor    # (N, R) int64, tokens in each response; 0 where an example has fewer than R
 
     def to(self, device):
         """The same batch on another device."""
         return Batch(*(value.to(device) for value in vars(self).values()))
 
 
-def tree(prompt, responses):
-    """Merge equal beginnings. Lists of token ids -> (tokens, parents, edges, paths).
+def tree(examples):
+    """Merge equal beginnings. [(prompt ids, [response ids, ..]), ..] -> (tokens, parents, edges, paths).
 
-    >>> tree([7, 8], [[1, 2, 3], [1, 2, 4], [5]])       # the prompt's nodes are 0 and 1
-    ([7, 8, 1, 2], [-1, 0, 1, 2], [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)], [[0, 1, 2], [0, 1, 3], [4]])
+    >>> tree([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])       # the prompt's nodes are 0 and 1
+    ([7, 8, 1, 2], [-1, 0, 1, 2], [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)], [[[0, 1, 2], [0, 1, 3], [4]]])
     """
-    tokens, parents = list(prompt), list(range(-1, len(prompt) - 1))
-    edges, children, paths = {}, {}, []  # edges: (node, token) -> number
-    for response in responses:
-        node, path = len(prompt) - 1, []
-        for depth, token in enumerate(response):
-            edge = (node, token)
-            path.append(edges.setdefault(edge, len(edges)))
-            if depth == len(response) - 1:
-                break  # the last token needs no node
-            if edge not in children:
-                children[edge] = len(tokens)
-                tokens.append(token)
-                parents.append(node)
-            node = children[edge]
-        paths.append(path)
+    tokens, parents, children = [], [], {}  # children: (node, token) -> node
+    edges, paths = {}, []                   # edges: (node, token) -> number
+
+    def child(node, token):
+        if (node, token) not in children:
+            children[node, token] = len(tokens)
+            tokens.append(token)
+            parents.append(node)
+        return children[node, token]
+
+    for prompt, responses in examples:
+        end = -1  # before the first token
+        for token in prompt:
+            end = child(end, token)
+        paths.append([])
+        for response in responses:
+            node, path = end, []
+            for depth, token in enumerate(response, 1):
+                path.append(edges.setdefault((node, token), len(edges)))
+                if depth < len(response):  # the last token needs no node
+                    node = child(node, token)
+            paths[-1].append(path)
     return tokens, parents, list(edges), paths
 
 
@@ -63,12 +71,10 @@ def padded(nodes):
     return -(-nodes // 16) * 16
 
 
-def group(examples, budget):
-    """Split the examples' indices into groups of like size whose padded trees hold at most `budget` nodes each.
-
-    The nodes are counted before merging; an example larger than the budget gets a group of its own.
-    """
-    sizes = [padded(len(prompt) + sum(map(len, responses))) for prompt, responses in examples]
+def group(rows, budget):
+    """Split the indices of `rows`, each what `tree` takes, into groups of like size whose padded trees hold at most
+    `budget` nodes together; one that is larger gets a group of its own."""
+    sizes = [padded(len(tree(examples)[0])) for examples in rows]
     groups = []
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # the latest is the longest
         if not groups or (len(groups[-1]) + 1) * sizes[i] > budget:
@@ -77,28 +83,30 @@ def group(examples, budget):
     return groups
 
 
-def pack(examples):
-    """[(prompt ids, [response ids, ..]), ..] -> Batch; a row each. ValueError for an empty prompt or response."""
+def pack(rows):
+    """[what `tree` takes, ..] -> Batch: a tree each. ValueError for an empty prompt or response."""
+    examples = [example for row in rows for example in row]
     if any(not prompt or not all(responses) for prompt, responses in examples):
         raise ValueError("a prompt or a response has no tokens")
-    trees = [tree(prompt, responses) for prompt, responses in examples]
+    trees = [tree(row) for row in rows]
     B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
-    R, L = max(len(paths) for *_, paths in trees), max(len(path) for *_, paths in trees for path in paths)
-    E = sum(len(edges) for _, _, edges, _ in trees)
+    N, R = len(examples), max(len(responses) for _, responses in examples)
+    L, E = max(len(r) for _, responses in examples for r in responses), sum(len(edges) for _, _, edges, _ in trees)
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
     mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
-    paths, lengths = torch.full((B, R, L), E), torch.zeros(B, R, dtype=torch.long)
-    nodes, targets = [], []
-    for b, (tokens, parents, edges, responses) in enumerate(trees):
+    paths, lengths = torch.full((N, R, L), E), torch.zeros(N, R, dtype=torch.long)
+    nodes, targets, n = [], [], 0
+    for b, (tokens, parents, edges, answers) in enumerate(trees):
         ids[b, :len(tokens)] = torch.tensor(tokens)
-        trunk = len(examples[b][0])
-        mask[b, :trunk, :trunk] = torch.ones(trunk, trunk, dtype=torch.bool).tril()
-        for node in range(trunk, len(tokens)):
-            mask[b, node] |= mask[b, parents[node]]
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                mask[b, node] |= mask[b, parent]
         positions[b, :len(tokens)] = mask[b, :len(tokens)].sum(-1) - 1  # depth: the number of ancestors
-        for r, path in enumerate(responses):
-            paths[b, r, :len(path)] = torch.tensor(path) + len(targets)
-            lengths[b, r] = len(path)
+        for responses in answers:
+            for r, path in enumerate(responses):
+                paths[n, r, :len(path)] = torch.tensor(path) + len(targets)
+                lengths[n, r] = len(path)
+            n += 1
         nodes += [b * T + node for node, _ in edges]
         targets += [token for _, token in edges]
     rows, sources = torch.tensor(nodes).unique(return_inverse=True)
@@ -133,7 +141,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 def response_logps(model, batch, past=None):
-    """Σ log π(token | its beginning) over each response -> (B, R) float32; 0 where a tree has fewer than R.
+    """Σ log π(token | its beginning) over each response -> (N, R) float32; 0 where an example has fewer than R.
 
     Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
     """
@@ -141,7 +149,7 @@ def response_logps(model, batch, past=None):
     hidden = hidden.flatten(0, 1)[batch.rows]                                  # (P, D)
     chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
-    return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (B, R, L) -> (B, R); padded paths point to E, the 0 appended
+    return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
 def pack_catalogue(responses, row=256, tokens=4096):
@@ -160,8 +168,8 @@ def pack_catalogue(responses, row=256, tokens=4096):
         rows[-1].append(i)
         nodes, before = nodes + len(responses[i]) - shared, responses[i]
     size = max(1, tokens // row)
-    return [(pack([([0], [responses[i] for i in part]) for part in rows[start:start + size]]), rows[start:start + size])
-            for start in range(0, len(rows), size)]
+    return [(pack([[([0], [responses[i] for i in part])] for part in rows[at:at + size]]), rows[at:at + size])
+            for at in range(0, len(rows), size)]
 
 
 def catalogue_logps(model, prompt, catalogue):
@@ -184,16 +192,16 @@ def catalogue_logps(model, prompt, catalogue):
     return logps
 
 
-# The losses: policy and reference (B, 1+k) are sequence log-probabilities, column 0 the positive's
+# The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's
 
 
 def sft_loss(logps, lengths):
-    """-mean over the positives' tokens of log π(token | ..): logps and lengths (B, R), only column 0 counts."""
+    """-mean over the positives' tokens of log π(token | ..): logps and lengths (N, R), only column 0 counts."""
     return -logps[:, 0].sum() / lengths[:, 0].sum()
 
 
 def rewards(policy, reference, beta):
-    """DPO's implicit rewards, r_i = beta (log π(y_i|x) - log π_ref(y_i|x)) -> (B, 1+k); arXiv 2305.18290, eq. 5."""
+    """DPO's implicit rewards, r_i = beta (log π(y_i|x) - log π_ref(y_i|x)) -> (N, 1+k); arXiv 2305.18290, eq. 5."""
     return beta * (policy - reference)
 
 

@@ -44,19 +44,19 @@ TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix prod
 
 
 @torch.no_grad()
-def log_probabilities(model, examples, tokens=TOKENS, title=""):
-    """log π(response | prompt) of every response -> (users, candidates) float64 tensor, the positives in column 0.
-
-    examples: [(prompt ids, [response ids, ..]), ..]; where a user has fewer candidates than another, 0.
-    """
+def log_probabilities(model, rows, tokens=TOKENS, title=""):
+    """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
+    fewer candidates than another. A row is a list of examples (prompt ids, [response ids, ..]) that share one tree."""
     device, (me, processes) = model.head.device, world()
-    width = max(len(responses) for _, responses in examples)
-    logps = torch.zeros(len(examples), width, dtype=torch.float64, device=device)
-    with tqdm(total=len(examples), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
-        for number, group in enumerate(dmpo.group(examples, tokens)):
+    starts = np.cumsum([0, *map(len, rows)])
+    width = max(len(responses) for row in rows for _, responses in row)
+    logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
+    with tqdm(total=len(rows), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
+        for number, group in enumerate(dmpo.group(rows, tokens)):
             if number % processes == me:
-                found = dmpo.response_logps(model, dmpo.pack([examples[i] for i in group]).to(device))  # (B, R)
-                logps[group, :found.shape[1]] = found.double()
+                found = dmpo.response_logps(model, dmpo.pack([rows[i] for i in group]).to(device))  # (N, R)
+                where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
+                logps[where, :found.shape[1]] = found.double()
             bar.update(len(group))
     if not add_up(logps).isfinite().all():
         raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
@@ -64,8 +64,9 @@ def log_probabilities(model, examples, tokens=TOKENS, title=""):
 
 
 def score(model, examples, tokens=TOKENS, title=""):
-    """Mean log-probability of each response's tokens -> (users, candidates) array; -inf where there is no candidate."""
-    logps = log_probabilities(model, examples, tokens, title).cpu().numpy()
+    """Mean log-probability of each response's tokens -> (users, candidates) array, the positives in column 0; -inf
+    where there is no candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
+    logps = log_probabilities(model, [[example] for example in examples], tokens, title).cpu().numpy()
     lengths = np.zeros(logps.shape)
     for row, (_, responses) in zip(lengths, examples):
         row[:len(responses)] = [len(response) for response in responses]
@@ -277,7 +278,7 @@ def rank_baselines(dataset, examples, seen):
     ranked = {}
     for name, fit in BASELINES.items():
         for count, seed in seen:
-            few = [[*shot.history, shot.positive] for shot in data.shots(dataset, count, 0, seed)]
+            few = [[*example.history, example.positive] for (example,) in data.shots(dataset, count, 0, seed)]
             ranked.setdefault(f"{name}, {count} shots", []).append(rank_by(fit, dataset, examples, few))
         ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, data.interactions(dataset))]
     return ranked
@@ -342,7 +343,7 @@ def explain(model, tokenizer, dataset, history, titles):
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
-    logps = log_probabilities(model, tokenize(model, tokenizer, dataset, examples)).cpu().numpy()  # (1 + H, titles)
+    logps = log_probabilities(model, [encode(model, tokenizer, dataset, examples)]).cpu().numpy()  # (1 + H, titles)
     odds = logps - np.log1p(-np.exp(logps))
     return (odds[0] - odds[1:]).T
 
@@ -358,14 +359,14 @@ def deletion_test(model, tokenizer, dataset, examples, removed=3, draws=5, seed=
     rng, reasons, chance = np.random.default_rng(seed), [], []
     for example in tqdm(examples, desc="deletion test", unit="user", disable=None, leave=False):
         history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
-        tokens = tokenize(model, tokenizer, dataset, [example])
+        tokens = encode(model, tokenizer, dataset, [example])
         first = int(score(model, tokens)[0].argmax())
         titles.insert(0, titles.pop(first))  # ranks() takes the first column's
         effect = explain(model, tokenizer, dataset, history, titles[:1])[0]
         gone = [np.argsort(-effect)[:removed], *(rng.permutation(len(history))[:removed] for _ in range(draws))]
         left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
                 for out in gone]
-        rank = ranks(score(model, tokenize(model, tokenizer, dataset, left)))
+        rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
         reasons.append(rank[0])
         chance.append(rank[1:].mean())
     return np.array(reasons, float), np.array(chance, float)
@@ -521,7 +522,7 @@ def check_length(model, whose, tokens):
                          f"{model.config.max_position_embeddings} that the model takes")
 
 
-def tokenize(model, tokenizer, dataset, examples, choices_seed=None):
+def encode(model, tokenizer, dataset, examples, choices_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
     result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
@@ -570,7 +571,7 @@ def use_adapter(model, folder):
         lora.load(model, folder)
 
 
-def heldout(dataset, args):
+def examples_asked_for(dataset, args):
     """The examples that args (split, candidates, seed, users) ask for; with --candidates all, without negatives."""
     negatives = 0 if args.candidates == "all" else args.candidates  # None, "given", or a number
     negatives = negatives - 1 if isinstance(negatives, int) and negatives else negatives
@@ -582,8 +583,8 @@ def evaluate(model, tokenizer, dataset, adapters, args):
 
     args: candidates (None: the data's own, else 20), prompt, users, seed, split, baselines; as parse() describes them.
     """
-    examples = heldout(dataset, args)
-    tokens = tokenize(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
+    examples = examples_asked_for(dataset, args)
+    tokens = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
     count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
     ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and which (shots, seed) they were trained on
@@ -666,7 +667,7 @@ def runs_folder(data_name):
 
 def add_data_options(parser, default="ml-100k"):
     """--data, --noun and --verb, the same for train.py."""
-    parser.add_argument("--data", default="ml-100k" if default == "ml-100k" else None,
+    parser.add_argument("--data", default="ml-100k" if default == "ml-100k" else None, type=os.path.normpath,
                         help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file (default: {default})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
@@ -741,7 +742,7 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
     for name, folder, *_ in adapters:
         use_adapter(model, folder)
         a, b = explain(model, tokenizer, dataset, history, pair)
-        scores = score(model, tokenize(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
+        scores = score(model, encode(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
         print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
                             "rather than the second:", width))

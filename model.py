@@ -105,8 +105,15 @@ class Rotate(torch.autograd.Function):
         return Rotate.apply(grad, cos, -sin), None, None
 
 
+def attention_weights(q, k, bias):
+    """softmax(q kᵀ / √d + bias) for q (B, H, T, d), k (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, S)."""
+    (B, H, T, d), G = q.shape, k.shape[1]
+    q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
+    return torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1) + bias, dim=-1)
+
+
 def attend(q, k, v, bias):
-    """softmax(q kᵀ / √d + bias) v for q (B, H, T, d), k and v (B, G, S, d), bias (B, 1, T, S) of 0 and -inf.
+    """The values v (B, G, S, d), weighted by `attention_weights` -> (B, H, T, d).
 
     For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
@@ -115,10 +122,7 @@ def attend(q, k, v, bias):
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=not q.is_cuda)
-    q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, -1)  # (B, H, T, S)
-    weights = torch.softmax(scores + bias, dim=-1)
-    return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, d)
+    return (attention_weights(q, k, bias).view(B, G, H // G * T, -1) @ v).view(B, H, T, d)
 
 
 class Attention(nn.Module):

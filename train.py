@@ -44,12 +44,14 @@ def parse():
     evaluation.add_data_options(parser)
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
-    add("--shots", type=positive, default=100, help="training examples (default: %(default)s)")
+    add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
+    add("--moments", type=positive, default=data.HISTORY, help="learn from the latest so many items of each, each after "
+        "those before it; 1: only the very last, as the paper does (default: %(default)s)")
     add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
         stage: values["epochs"] for stage, values in DEFAULTS.items()})
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)" % {
         stage: values["lr"] for stage, values in DEFAULTS.items()})
-    add("--batch-size", type=positive, default=8, help="examples a step (default: %(default)s)")
+    add("--batch-size", type=positive, default=8, help="shots a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
     add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
@@ -77,7 +79,7 @@ def parse():
     return args
 
 
-SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "seed", "rank")  # both stages have these alike
+SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "moments", "seed", "rank")  # of both stages
 
 
 def stage_settings(args, stage):
@@ -168,30 +170,32 @@ def learning_rate(step, steps, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-def backward(model, examples, reference, settings):
-    """Gradients of one step's loss over its examples, in groups of bounded size -> what the log tells of the step.
+def backward(model, shots, reference, settings):
+    """Gradients of one step's loss, the mean over its shots' examples, in groups of bounded size -> what the log tells.
 
-    Each process takes its part of the examples, weighted by its share of the whole, so that the sum over groups and
+    shots: [[(prompt ids, [response ids, ..]), ..], ..]; reference: their (N, 1+k) each, or None for SFT. Each process
+    takes its part of the shots; parts are weighted by their share of the whole, so that the sum over groups and
     processes is the gradient of one large batch.
     """
     me, processes = evaluation.world()
-    mine = range(me, len(examples), processes)
+    mine = range(me, len(shots), processes)
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
-    total = sum(len(responses[0]) for _, responses in examples)
-    for group in dmpo.group([examples[i] for i in mine], evaluation.TOKENS):
+    examples = sum(map(len, shots))
+    tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
+    for group in dmpo.group([shots[i] for i in mine], evaluation.TOKENS):
         group = [mine[i] for i in group]
-        batch = dmpo.pack([examples[i] for i in group])
+        batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
         stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
         batch = batch.to(model.head.device)
-        policy = dmpo.response_logps(model, batch)  # (B, 1+k)
+        policy = dmpo.response_logps(model, batch)  # (N, 1+k)
         if settings["stage"] == "sft":
-            loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / total)
+            loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / tokens)
         else:
-            share = len(group) / len(examples)
-            loss = dmpo.LOSSES[settings["loss"]](policy, reference[group], settings["beta"]) * share
-            r = dmpo.rewards(policy.detach(), reference[group], settings["beta"])
+            before, share = torch.cat([reference[i] for i in group]), len(policy) / examples
+            loss = dmpo.LOSSES[settings["loss"]](policy, before, settings["beta"]) * share
+            r = dmpo.rewards(policy.detach(), before, settings["beta"])
             margin = r[:, 0] - r[:, 1:].mean(-1)
             stats["margin"] += margin.mean() * share
             stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
@@ -211,35 +215,38 @@ def add_up_gradients(parameters):
 
 
 def prepare(model, tokenizer, dataset, settings):
-    """The stage's training examples and the validation examples, as token ids."""
+    """The stage's shots, each a list of examples, and the validation examples, as token ids."""
     seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
     choices_seed = seed if settings["prompt"] == "candidates" else None
-    shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample)
+    shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample,
+                       settings["moments"])
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
-        scores = evaluation.score(model, evaluation.tokenize(model, tokenizer, dataset, shots))[:, 1:]  # (N, 5k)
-        shots = [replace(shot, negatives=[shot.negatives[i] for i in row])
-                 for shot, row in zip(shots, np.argsort(-scores)[:, :k])]
+        examples = [example for shot in shots for example in shot]
+        scores = evaluation.score(model, evaluation.encode(model, tokenizer, dataset, examples))[:, 1:]  # (N, 5k)
+        harder = (replace(example, negatives=[example.negatives[i] for i in row])
+                  for example, row in zip(examples, np.argsort(-scores)[:, :k]))
+        shots = [[next(harder) for _ in shot] for shot in shots]
     none = dataset.given and not dataset.given["validation"]
     validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
-    examples, validation = (evaluation.tokenize(model, tokenizer, dataset, part, choices_seed)
-                            for part in (shots, validation))
+    validation, *shots = (evaluation.encode(model, tokenizer, dataset, part, choices_seed)
+                          for part in (validation, *shots))
     if settings["stage"] == "sft":  # which learns from the positive alone
-        examples = [(prompt, responses[:1]) for prompt, responses in examples]
-    return examples, validation
+        shots = [[(prompt, responses[:1]) for prompt, responses in shot] for shot in shots]
+    return shots, validation
 
 
 def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # as long as this function runs
-    examples, validation = prepare(model, tokenizer, dataset, settings)
+    shots, validation = prepare(model, tokenizer, dataset, settings)
     reference = None
     if settings["stage"] == "dmpo":  # as long as the model is its own reference: no checkpoint is loaded yet
-        reference = evaluation.log_probabilities(model, examples, title="reference").float()  # (N, 1+k)
+        reference = evaluation.log_probabilities(model, shots, title="reference").float().split([*map(len, shots)])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
-    steps = math.ceil(len(examples) / size)  # of one epoch
+    steps = math.ceil(len(shots) / size)  # of one epoch
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     old, lines, saved = read_log(folder, done), [], time.perf_counter()
     evaluation.wait(model.head.device)  # all have read the log
@@ -247,14 +254,14 @@ def train(model, tokenizer, dataset, settings, folder):
         lora.write_file(folder / "log.jsonl", "".join(line + "\n" for line in old).encode())
     with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
         for epoch in range(1 + max(0, done - 1) // steps, epochs + 1):
-            order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(examples)), len(examples))
+            order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
             bar = tqdm(range(0, len(order), size), desc=f"{settings['stage']} epoch {epoch}/{epochs}",
                        disable=None if main_process else True)
             for number, start in enumerate(bar, (epoch - 1) * steps):
                 if number < done:
                     continue
                 picked, lr = order[start:start + size], learning_rate(number, epochs * steps, settings["lr"])
-                line = step(model, optimizer, lr, examples, reference, picked, settings)
+                line = step(model, optimizer, lr, shots, reference, picked, settings)
                 lines.append({"step": number, **line})
                 log.write(json.dumps(lines[-1]) + "\n")
                 log.flush()
@@ -279,18 +286,18 @@ def train(model, tokenizer, dataset, settings, folder):
         report_speed(model, steps_logged)
 
 
-def step(model, optimizer, lr, examples, reference, picked, settings):
-    """One update with the examples of these indices -> its line of the log; ValueError if the loss is not finite."""
-    began, optimizer.param_groups[0]["lr"] = time.perf_counter(), lr
-    stats = backward(model, [examples[i] for i in picked], None if reference is None else reference[picked], settings)
+def step(model, optimizer, lr, shots, reference, picked, settings):
+    """One update with the shots of these indices -> its line of the log; ValueError if the loss is not finite."""
+    began, optimizer.param_groups[0]["lr"], shots = time.perf_counter(), lr, [shots[i] for i in picked]
+    stats = backward(model, shots, reference and [reference[i] for i in picked], settings)
     stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
     norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
     if not math.isfinite(stats["loss"] + norm):
-        raise ValueError(f"the loss is {stats['loss']}, its gradient's norm {norm} (lr {lr:.2g}, examples {picked}): "
+        raise ValueError(f"the loss is {stats['loss']}, its gradient's norm {norm} (lr {lr:.2g}, shots {picked}): "
                          "nothing was updated; what was saved before is kept. Try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
-    line = log_line(lr, stats, len(picked), time.perf_counter() - began)  # and, as shared machines' clocks drift:
+    line = log_line(lr, stats, sum(map(len, shots)), time.perf_counter() - began)  # and, as shared machines drift:
     return line | {"peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}
 
 
@@ -336,10 +343,10 @@ def main():
           f"{len(dataset.items)} items")
     if args.stage == "dmpo":
         count = args.negatives * (HARD if args.sample == "hard" else 1)
-        data.shots(dataset, args.shots, count, args.seed, args.sample)  # fails now, not after SFT, if it must
+        data.shots(dataset, args.shots, count, args.seed, args.sample, args.moments)  # fails now, if it must
     closing = argparse.Namespace(split="test", candidates=args.candidates, users=args.users, prompt=args.prompt, seed=0,
                                  baselines=False)  # what eval.py would take, whatever this run's seed
-    evaluation.heldout(dataset, closing)  # likewise
+    evaluation.examples_asked_for(dataset, closing)  # likewise
     adapters = []
     for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
