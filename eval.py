@@ -343,7 +343,8 @@ def explain(model, tokenizer, dataset, history, titles):
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
-    logps = log_probabilities(model, [encode(model, tokenizer, dataset, examples)]).cpu().numpy()  # (1 + H, titles)
+    rows = [[tokens] for tokens in encode(model, tokenizer, dataset, examples)]
+    logps = log_probabilities(model, rows).cpu().numpy()  # (1 + H, titles)
     odds = logps - np.log1p(-np.exp(logps))
     return (odds[0] - odds[1:]).T
 
