@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import model as llama
 
-DEFAULTS = {"sft": {"epochs": 3, "lr": 2e-4}, "dmpo": {"epochs": 3, "lr": 5e-4}}
+DEFAULTS = {"sft": {"epochs": 3, "lr": 1e-3}, "dmpo": {"epochs": 3, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
 HARD = 5  # --sample hard picks among so many times as many negatives
