@@ -160,11 +160,12 @@ def heldout(dataset, split, negatives, seed=0, users=None):
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
     """`count` shots: the data's own, shuffled; or all users' latest training items, then those before, ..
 
-    A shot is a list of Examples of one user: an item that came after at most HISTORY others, and before that Example
-    those of the others themselves, each after the ones before it; `moments` Examples in all, or as many as there are.
-    No item is learnt in two shots. A smaller count with the same seed takes a part of the same shots. Negatives are
-    drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often as
-    users touched it ("popular"); with "given", those that the data bring come first. ValueError if there are fewer.
+    A shot is a list of Examples of one user, one a moment: of at most HISTORY titles and the one that came next,
+    titles[1] after titles[:1], titles[2] after titles[:2], .., but only the last `moments` of them. No two shots of a
+    sequence have a moment in common, and a smaller count with the same seed takes a part of the same shots. Negatives
+    are drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often
+    as users touched it ("popular"); with "given", the last moment takes those that the data bring first. ValueError if
+    there are fewer shots.
     """
     pool = dataset.items
     if dataset.given:
@@ -187,7 +188,7 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
             shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
         result.append(shot)
     if len(result) < count:
-        raise ValueError(f"{dataset.name} has {len(result)} training examples, fewer than {count} shots")
+        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}")
     return result
 
 

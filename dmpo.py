@@ -1,4 +1,4 @@
-r"""One user is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO and S-DPO losses.
+r"""One user's shot is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO, S-DPO losses.
 
     .. 2. ─ 19 ┬ 95 ─ Heat ─ \n ─ 3. ─ 19 ┬ 79 ─ Alien     node i: token[i], parent[i], position[i] = depth
                │                          └ 86 ─ Aliens    i may attend to j  ⇔  j is i or an ancestor of i
@@ -7,7 +7,7 @@ r"""One user is one token tree; the tree gives log-probabilities; they give the 
 Notable:
 - The prompt is computed once for all responses to it, and so is whatever else begins alike: responses, and the prompts
   of one user at several moments. Above, "2." is answered by Heat or Aliens, and then "3." by Alien or Aliens.
-- A response's last token needs no node: nothing is predicted from it.
+- A response's last token needs no node, unless a later prompt goes on from it: else nothing is predicted from it.
 - It is exact: every node sees the tokens and positions that it would see in a row of its own.
 """
 
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 
 @dataclass
 class Batch:
-    """B trees, padded to T nodes, of N examples, of at most R responses and L tokens; E edges: tokens to predict."""
+    """B trees, padded to T nodes, of N examples, of at most R responses and L tokens; E edges: tokens to predict from
+    P of the nodes."""
     ids: torch.Tensor        # (B, T) int64, the nodes' tokens
     positions: torch.Tensor  # (B, T) int64, their depths
     mask: torch.Tensor       # (B, T, T) bool, the node itself and its ancestors
-    rows: torch.Tensor       # (P,) int64, the nodes (b * T + t) that predict a token
+    predicting: torch.Tensor # (P,) int64, the nodes (b * T + t) that predict a token
     sources: torch.Tensor    # (E,) int64, which of those P an edge starts from
     targets: torch.Tensor    # (E,) int64, the token that it predicts
     paths: torch.Tensor      # (N, R, L) int64, each response's edges; E where there is none
@@ -35,7 +36,9 @@ class Batch:
 
 
 def tree(examples):
-    """Merge equal beginnings. [(prompt ids, [response ids, ..]), ..] -> (tokens, parents, edges, paths).
+    """Merge equal beginnings. Examples (prompt ids, [response ids, ..]) -> (tokens, parents, edges, paths).
+
+    Those of one shot share most: each prompt goes on where the one before it was answered by its positive.
 
     >>> tree([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])       # the prompt's nodes are 0 and 1
     ([7, 8, 1, 2], [-1, 0, 1, 2], [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)], [[[0, 1, 2], [0, 1, 3], [4]]])
@@ -59,7 +62,7 @@ def tree(examples):
             node, path = end, []
             for depth, token in enumerate(response, 1):
                 path.append(edges.setdefault((node, token), len(edges)))
-                if depth < len(response):  # the last token needs no node
+                if depth < len(response):  # the last token gets a node only from a later prompt
                     node = child(node, token)
             paths[-1].append(path)
     return tokens, parents, list(edges), paths
@@ -71,24 +74,27 @@ def padded(nodes):
     return -(-nodes // 16) * 16
 
 
-def group(rows, budget):
-    """Split the indices of `rows`, each what `tree` takes, into groups of like size whose padded trees hold at most
+def group(shots, budget):
+    """Split the indices of `shots`, lists of examples, into groups of like size whose padded trees hold at most
     `budget` nodes together; one that is larger gets a group of its own."""
-    sizes = [padded(len(tree(examples)[0])) for examples in rows]
+    sizes = [padded(len(tree(examples)[0])) for examples in shots]
     groups = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # the latest is the longest
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # so that sizes[i] is its group's largest
         if not groups or (len(groups[-1]) + 1) * sizes[i] > budget:
             groups.append([])
         groups[-1].append(i)
     return groups
 
 
-def pack(rows):
-    """[what `tree` takes, ..] -> Batch: a tree each. ValueError for an empty prompt or response."""
-    examples = [example for row in rows for example in row]
+def pack(shots):
+    """Shots, lists of examples as `tree` takes them, to a Batch of a tree each.
+
+    ValueError for an empty prompt or response.
+    """
+    examples = [example for shot in shots for example in shot]
     if any(not prompt or not all(responses) for prompt, responses in examples):
         raise ValueError("a prompt or a response has no tokens")
-    trees = [tree(row) for row in rows]
+    trees = [tree(shot) for shot in shots]
     B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
     N, R = len(examples), max(len(responses) for _, responses in examples)
     L, E = max(len(r) for _, responses in examples for r in responses), sum(len(edges) for _, _, edges, _ in trees)
@@ -96,21 +102,21 @@ def pack(rows):
     mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
     paths, lengths = torch.full((N, R, L), E), torch.zeros(N, R, dtype=torch.long)
     nodes, targets, n = [], [], 0
-    for b, (tokens, parents, edges, answers) in enumerate(trees):
+    for b, (tokens, parents, edges, by_example) in enumerate(trees):
         ids[b, :len(tokens)] = torch.tensor(tokens)
         for node, parent in enumerate(parents):
             if parent >= 0:
                 mask[b, node] |= mask[b, parent]
         positions[b, :len(tokens)] = mask[b, :len(tokens)].sum(-1) - 1  # depth: the number of ancestors
-        for responses in answers:
-            for r, path in enumerate(responses):
+        for example_paths in by_example:
+            for r, path in enumerate(example_paths):
                 paths[n, r, :len(path)] = torch.tensor(path) + len(targets)
                 lengths[n, r] = len(path)
             n += 1
         nodes += [b * T + node for node, _ in edges]
         targets += [token for _, token in edges]
-    rows, sources = torch.tensor(nodes).unique(return_inverse=True)
-    return Batch(ids, positions, mask, rows, sources, torch.tensor(targets), paths, lengths)
+    predicting, sources = torch.tensor(nodes).unique(return_inverse=True)
+    return Batch(ids, positions, mask, predicting, sources, torch.tensor(targets), paths, lengths)
 
 
 class LogSumExp(torch.autograd.Function):
@@ -146,30 +152,29 @@ def response_logps(model, batch, past=None):
     Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
     """
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
-    hidden = hidden.flatten(0, 1)[batch.rows]                                  # (P, D)
+    hidden = hidden.flatten(0, 1)[batch.predicting]                                # (P, D)
     chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
-def pack_catalogue(responses, row=256, tokens=4096):
+def pack_catalogue(responses, nodes=256, tokens=4096):
     """Many responses that will follow one prompt after another -> [(Batch, indices of its responses), ..], made once.
 
-    Sorted, responses that begin alike are neighbours; they are cut into trees of about `row` nodes each, whose trunk
-    is a single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
+    Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` each, whose trunk is a
+    single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
     """
-    order = sorted(range(len(responses)), key=responses.__getitem__)
-    rows, nodes, before = [], row, []
-    for i in order:
+    parts, size, before = [], nodes, []
+    for i in sorted(range(len(responses)), key=responses.__getitem__):
         shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
-        if nodes + len(responses[i]) - shared > row:
-            rows.append([])
-            nodes, shared = 1, 0
-        rows[-1].append(i)
-        nodes, before = nodes + len(responses[i]) - shared, responses[i]
-    size = max(1, tokens // row)
-    return [(pack([[([0], [responses[i] for i in part])] for part in rows[at:at + size]]), rows[at:at + size])
-            for at in range(0, len(rows), size)]
+        if size + len(responses[i]) - shared > nodes:
+            parts.append([])
+            size, shared = 1, 0
+        parts[-1].append(i)
+        size, before = size + len(responses[i]) - shared, responses[i]
+    several = max(1, tokens // nodes)
+    batches = [parts[at:at + several] for at in range(0, len(parts), several)]
+    return [(pack([[([0], [responses[i] for i in part])] for part in batch]), batch) for batch in batches]
 
 
 def catalogue_logps(model, prompt, catalogue):

@@ -37,24 +37,24 @@ import dmpo
 import lora
 import model as llama
 
-TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix products, yet memory has a bound
+TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix products, yet activations that fit memory
 
 
 # From scores to numbers
 
 
 @torch.no_grad()
-def log_probabilities(model, rows, tokens=TOKENS, title=""):
+def log_probabilities(model, shots, tokens=TOKENS, title=""):
     """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
-    fewer candidates than another. A row is a list of examples (prompt ids, [response ids, ..]) that share one tree."""
+    fewer candidates than another. A shot is a list of examples (prompt ids, [response ids, ..]) that share a tree."""
     device, (me, processes) = model.head.device, world()
-    starts = np.cumsum([0, *map(len, rows)])
-    width = max(len(responses) for row in rows for _, responses in row)
+    starts = np.cumsum([0, *map(len, shots)])
+    width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
-    with tqdm(total=len(rows), desc=title, unit="user", disable=None if me == 0 else True, leave=False) as bar:
-        for number, group in enumerate(dmpo.group(rows, tokens)):
+    with tqdm(total=len(shots), desc=title, unit="tree", disable=None if me == 0 else True, leave=False) as bar:
+        for number, group in enumerate(dmpo.group(shots, tokens)):
             if number % processes == me:
-                found = dmpo.response_logps(model, dmpo.pack([rows[i] for i in group]).to(device))  # (N, R)
+                found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
                 where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
                 logps[where, :found.shape[1]] = found.double()
             bar.update(len(group))
@@ -273,12 +273,13 @@ def rank_by(fit, dataset, examples, sequences):
 
 
 def rank_baselines(dataset, examples, seen):
-    """Every traditional method, fitted to exactly the [(shots, seed)] that adapters saw, and to all that users did
-    before the validation item -> {name: [ranks (users,)]}."""
+    """Every traditional method, fitted to exactly the [(shots, seed, moments)] that adapters saw, and to all that users
+    did before the validation item -> {name: [ranks (users,)]}."""
     ranked = {}
     for name, fit in BASELINES.items():
-        for count, seed in seen:
-            few = [[*example.history, example.positive] for (example,) in data.shots(dataset, count, 0, seed)]
+        for count, seed, moments in seen:
+            latest = [shot[-1] for shot in data.shots(dataset, count, 0, seed, moments=moments)]
+            few = [[*example.history, example.positive] for example in latest]
             ranked.setdefault(f"{name}, {count} shots", []).append(rank_by(fit, dataset, examples, few))
         ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, data.interactions(dataset))]
     return ranked
@@ -343,8 +344,8 @@ def explain(model, tokenizer, dataset, history, titles):
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
-    rows = [[tokens] for tokens in encode(model, tokenizer, dataset, examples)]
-    logps = log_probabilities(model, rows).cpu().numpy()  # (1 + H, titles)
+    shots = [[tokens] for tokens in encode(model, tokenizer, dataset, examples)]  # one large tree would be no faster
+    logps = log_probabilities(model, shots).cpu().numpy()  # (1 + H, titles)
     odds = logps - np.log1p(-np.exp(logps))
     return (odds[0] - odds[1:]).T
 
@@ -487,12 +488,12 @@ def operations(model, batch):
     for each weight of the vocabulary projection and predicting node.
     """
     c = model.config
-    nodes = int((batch.positions > 0).sum()) + len(batch.ids)  # every root is at position 0, as is padding
+    nodes = int((batch.positions > 0).sum()) + len(batch.ids)  # a tree's root is at position 0, as is padding
     pairs = int(batch.mask.sum()) - batch.ids.numel() + nodes
     attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
     return (2 * nodes * weights + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-            + 2 * len(batch.rows) * c.vocab_size * c.hidden_size)
+            + 2 * len(batch.predicting) * c.vocab_size * c.hidden_size)
 
 
 def peak_memory(device):
@@ -545,9 +546,10 @@ def find_adapters(paths):
             base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
             saved = {"model": base or "smollm2-135m"} | saved
-            for key in ("data", "model", "prompt", "heading"):
-                if not isinstance(saved.get(key, ""), str):
-                    raise ValueError(f"{folder / 'args.json'}: {key} is no text")
+            for key, kind in {"data": str, "model": str, "prompt": str, "heading": str,
+                              "shots": int, "seed": int, "moments": int}.items():
+                if key in saved and not isinstance(saved[key], kind):
+                    raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
             found.append((folder.name, folder, saved))
     for i, (name, folder, saved) in enumerate(found):
         alike = [other for other_name, _, other in found if other_name.split(", ")[0] == name]
@@ -588,13 +590,13 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     tokens = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
     count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
-    ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and which (shots, seed) they were trained on
+    ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and the (shots, seed, moments) they were shown
     for name, folder, saved in [("base", None, {}), *adapters]:
         use_adapter(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
-            seen.add((saved["shots"], saved["seed"]))
+            seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, tokens, title=name)))
         ranked.setdefault(name, []).append(rank)

@@ -760,6 +760,8 @@ def test_moments_that_share_a_tree_equal_scoring_every_response_alone():
 
 def test_tree_gradients_equal_scoring_every_response_alone():
     examples, gradients = random_examples(random.Random(1), 3, shared=True), []
+    prompt, responses = examples[0]
+    examples[1] = prompt + responses[0] + [7], examples[1][1]  # a second moment: the first response is taken up
     for tied in (True, False):
         for score in (lambda m: dmpo.response_logps(m, dmpo.pack([examples[:2], examples[2:]])),
                       lambda m: torch.stack([torch.stack(row) for row in one_by_one(m, examples)])):
@@ -832,8 +834,8 @@ def test_catalogue_equals_scoring_every_title_alone():
     responses = [r for _, responses in random_examples(rng, 40, shared=True) for r in responses]
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 2, 17)]
     with torch.no_grad():
-        for row, tokens in ((256, 4096), (16, 40)):  # in one piece, and cut into many
-            catalogue = dmpo.pack_catalogue(responses, row, tokens)
+        for nodes, tokens in ((256, 4096), (16, 40)):  # in one piece, and cut into many
+            catalogue = dmpo.pack_catalogue(responses, nodes, tokens)
             assert sorted(i for _, parts in catalogue for part in parts for i in part) == list(range(len(responses)))
             for prompt in prompts:
                 close(dmpo.catalogue_logps(model, prompt, catalogue),
@@ -1283,7 +1285,7 @@ def test_prompts_that_list_candidates_and_adapters_from_other_data_are_evaluated
         assert status == 0 and "bare" in out and "sasrec, all users" in out, err
         Path("bare/args.json").write_text('{"data": ["toy.csv"]}')
         status, out, err = command(evaluation.main, "bare")
-        assert status == 1 and "data is no text" in err, err
+        assert status == 1 and "data cannot be ['toy.csv']" in err, err
 
 
 def test_bad_input_gets_one_line_and_a_status():

@@ -45,8 +45,8 @@ def parse():
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
-    add("--moments", type=positive, default=data.HISTORY, help="learn from the latest so many items of each, each after "
-        "those before it; 1: only the very last, as the paper does (default: %(default)s)")
+    add("--moments", type=positive, default=data.HISTORY, help="of each history learn the latest so many items, each "
+        "after those before it; 1: the very last alone, as the paper does (default: %(default)s)")
     add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
         stage: values["epochs"] for stage, values in DEFAULTS.items()})
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)" % {
@@ -103,15 +103,15 @@ def require_same(folder, saved, settings, keys):
                              f"choose another folder with --out, or delete it")
 
 
-# A run that was cut off goes on from its checkpoint: adapters, the optimiser's moments, the number of steps done. No
+# A run that was cut off goes on from its checkpoint: adapters, the optimiser's state, the number of steps done. No
 # random state is needed, since every draw is seeded by what it is for.
 
 
 def save_checkpoint(path, model, optimizer, settings, steps):
     """Write everything that the rest of a stage depends on, with a checksum; the file appears whole or not at all."""
     tensors = {f"adapter.{key}": value for key, value in lora.state(model).items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    for i, averages in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     about = {"settings": settings, "steps": steps, "sha256": checksum(tensors)}
     lora.write_file(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
@@ -171,11 +171,11 @@ def learning_rate(step, steps, peak):
 
 
 def backward(model, shots, reference, settings):
-    """Gradients of one step's loss, the mean over its shots' examples, in groups of bounded size -> what the log tells.
+    """Gradients of one step's loss, in groups of bounded size -> what the log tells of the step.
 
-    shots: [[(prompt ids, [response ids, ..]), ..], ..]; reference: their (N, 1+k) each, or None for SFT. Each process
-    takes its part of the shots; parts are weighted by their share of the whole, so that the sum over groups and
-    processes is the gradient of one large batch.
+    shots: lists of examples (prompt ids, [response ids, ..]); reference: a tensor (examples, 1+k) for each, or None for
+    SFT. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
+    examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
     """
     me, processes = evaluation.world()
     mine = range(me, len(shots), processes)
@@ -183,8 +183,8 @@ def backward(model, shots, reference, settings):
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
     tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
-    for group in dmpo.group([shots[i] for i in mine], evaluation.TOKENS):
-        group = [mine[i] for i in group]
+    for part in dmpo.group([shots[i] for i in mine], evaluation.TOKENS):
+        group = [mine[i] for i in part]
         batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
         stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
@@ -288,7 +288,8 @@ def train(model, tokenizer, dataset, settings, folder):
 
 def step(model, optimizer, lr, shots, reference, picked, settings):
     """One update with the shots of these indices -> its line of the log; ValueError if the loss is not finite."""
-    began, optimizer.param_groups[0]["lr"], shots = time.perf_counter(), lr, [shots[i] for i in picked]
+    began, shots = time.perf_counter(), [shots[i] for i in picked]
+    optimizer.param_groups[0]["lr"] = lr
     stats = backward(model, shots, reference and [reference[i] for i in picked], settings)
     stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
     norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
