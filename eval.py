@@ -614,7 +614,7 @@ def parse():
     parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
-    add_data_options(parser, "that of the adapters")
+    add_data_options(parser, None)
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
@@ -668,10 +668,11 @@ def runs_folder(data_name):
     return Path("runs") / (Path(data_name).stem or data_name)
 
 
-def add_data_options(parser, default="ml-100k"):
+def add_data_options(parser, default):
     """--data, --noun and --verb, the same for train.py."""
-    parser.add_argument("--data", default="ml-100k" if default == "ml-100k" else None, type=os.path.normpath,
-                        help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file (default: {default})")
+    parser.add_argument("--data", default=default, type=os.path.normpath,
+                        help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
+                             f"(default: {default or 'that of the adapters'})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
 

@@ -610,8 +610,8 @@ def test_the_authors_released_data_have_the_shape_that_the_readme_states():
         assert [len(dataset.given[split]) for split in ("train", "validation", "test")] == [100, 1000, 1000]
         assert all(len(e.negatives) == 5 for e in dataset.given["train"])
         assert all(len(e.negatives) == 1 for e in dataset.given["test"])
-        both = {tuple(e.history) for e in dataset.given["train"]} & {tuple(e.history) for e in dataset.given["test"]}
-        assert len(both) == (15 if name == "paper-amazon-games" else 0)
+        train, test = ({(*e.history, e.positive) for e in dataset.given[part]} for part in ("train", "test"))
+        assert len(train & test) == (15 if name == "paper-amazon-games" else 0)
         counts = Counter(title for e in dataset.given["test"] for title in e.history)
         right = np.mean([np.sign(counts[e.positive] - counts[e.negatives[0]]) / 2 + 0.5 for e in dataset.given["test"]])
         assert abs(right - {"paper-ml-1m": 0.608, "paper-amazon-movies": 0.516}.get(name, 0.545)) < 0.001, (name, right)

@@ -41,7 +41,7 @@ def parse():
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
     add, positive, above_zero = parser.add_argument, evaluation.number(int, 1), evaluation.number(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
-    evaluation.add_data_options(parser)
+    evaluation.add_data_options(parser, "ml-100k")
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
