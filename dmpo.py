@@ -21,14 +21,14 @@ import torch.nn.functional as F
 class Batch:
     """B trees, padded to T nodes, of N examples, of at most R responses and L tokens; E edges: tokens to predict from
     P of the nodes."""
-    ids: torch.Tensor        # (B, T) int64, the nodes' tokens
-    positions: torch.Tensor  # (B, T) int64, their depths
-    mask: torch.Tensor       # (B, T, T) bool, the node itself and its ancestors
-    predicting: torch.Tensor # (P,) int64, the nodes (b * T + t) that predict a token
-    sources: torch.Tensor    # (E,) int64, which of those P an edge starts from
-    targets: torch.Tensor    # (E,) int64, the token that it predicts
-    paths: torch.Tensor      # (N, R, L) int64, each response's edges; E where there is none
-    lengths: torch.Tensor    # (N, R) int64, tokens in each response; 0 where an example has fewer than R
+    ids: torch.Tensor         # (B, T) int64, the nodes' tokens
+    positions: torch.Tensor   # (B, T) int64, their depths
+    mask: torch.Tensor        # (B, T, T) bool, the node itself and its ancestors
+    predicting: torch.Tensor  # (P,) int64, the nodes (b * T + t) that predict a token
+    sources: torch.Tensor     # (E,) int64, which of those P an edge starts from
+    targets: torch.Tensor     # (E,) int64, the token that it predicts
+    paths: torch.Tensor       # (N, R, L) int64, each response's edges; E where there is none
+    lengths: torch.Tensor     # (N, R) int64, tokens in each response; 0 where an example has fewer than R
 
     def to(self, device):
         """The same batch on another device."""

@@ -108,7 +108,7 @@ class Rotate(torch.autograd.Function):
 def attention_weights(q, k, bias):
     """softmax(q kᵀ / √d + bias) for q (B, H, T, d), k (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, S).
 
-    Who wants to see them finds them here, in a forward pass with gradients: the fused kernels keep theirs to themselves.
+    Who wants to look at them finds them here, in a pass with gradients: the fused kernels keep theirs to themselves.
     """
     (B, H, T, d), G = q.shape, k.shape[1]
     q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
