@@ -1139,7 +1139,7 @@ def interrupted_run(*args):
 def test_checkpoints_that_do_not_fit_are_refused_by_name():
     with interrupted_run() as folder:
         status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft", "--lr", 0.01)
-        assert status == 1 and "lr 0.0002, not 0.01" in err, err
+        assert status == 1 and f"lr {train.DEFAULTS['sft']['lr']}, not 0.01" in err, err
         whole = (folder / "checkpoint.safetensors").read_bytes()
         assert b".part" not in b"".join(bytes(p) for p in folder.iterdir())
         for at in (3, len(whole) // 2, len(whole) - 5):  # the header, an adapter or moment, the last of them
