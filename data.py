@@ -174,7 +174,7 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     elif sample == "popular":
         pool = [item for items in dataset.sequences.values() for item in items[:-2]]
     result = []
-    moments = min(moments, HISTORY)
+    moments = min(moments, HISTORY)  # so that consecutive shots leave nothing out between them
     for example, touched, purpose in given_shots(dataset, seed) if dataset.given else sequence_shots(
             dataset, seed, moments):
         if len(result) == count:

@@ -45,8 +45,9 @@ def parse():
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
-    add("--moments", type=positive, default=data.HISTORY, help="of each history learn the latest so many items, each "
-        "after those before it; 1: the very last alone, as the paper does (default: %(default)s)")
+    add("--moments", type=evaluation.number(int, 1, data.HISTORY + 1), default=data.HISTORY,
+        help="of each history learn the latest so many items, each after those before it; 1: the last alone, as the "
+             "paper does (default: %(default)s)")
     add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
         stage: values["epochs"] for stage, values in DEFAULTS.items()})
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)" % {
