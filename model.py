@@ -112,7 +112,7 @@ def attention_weights(q, k, bias):
     """
     (B, H, T, d), G = q.shape, k.shape[1]
     q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
-    return torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1) + bias, dim=-1)
+    return torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1).add_(bias), dim=-1)
 
 
 def attend(q, k, v, bias):
@@ -154,6 +154,20 @@ class Attention(nn.Module):
         return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, which keeps its two inputs only: silu(gate) is computed again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): a gated feed-forward layer."""
 
@@ -164,7 +178,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):

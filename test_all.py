@@ -217,6 +217,31 @@ def test_keys_and_values_of_the_past_stand_in_for_its_tokens():
         close(model(ids[:, 12:].repeat(2, 1), past=past)[1:], model(ids)[:, 12:], 1e-5)  # one past, two rows
 
 
+def test_backward_passes_that_are_written_out_equal_autograds():
+    torch.manual_seed(0)
+    weight, vocabulary, angles = torch.randn(8), torch.randn(9000, 8), torch.randn(2, 5, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotated(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+    for ours, plain, shape in (
+        (lambda x: llama.RMSNormFunction.apply(x, weight, 1e-5),
+         lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight, (5, 8)),
+        (lambda x: llama.Rotate.apply(x, cos, sin), rotated, (2, 5, 3, 4)),
+        (lambda x: llama.SwiGLU.apply(*x), lambda x: torch.nn.functional.silu(x[0]) * x[1], (2, 5, 8)),
+        (lambda x: dmpo.LogSumExp.apply(x, vocabulary), lambda x: (x @ vocabulary.T).logsumexp(-1), (5, 8)),
+    ):
+        x = torch.randn(shape, requires_grad=True)
+        gradients = []
+        for function in (ours, plain):
+            y = function(x)
+            gradients.append(torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y))[0])
+        close(ours(x), plain(x), 1e-5)
+        close(*gradients, 1e-5)
+
+
 def test_real_model_continues_five_prompts_token_for_token_as_transformers():
     transformers, folder = need("transformers"), need_model()
     tokenizer, ours = data.load_tokenizer(folder), llama.load(folder)
@@ -723,6 +748,7 @@ def test_tree_of_two_moments_by_hand():
     tokens, parents, edges, paths = dmpo.tree([first, second])
     assert tokens == [7, 8, 1, 2, 9, 8, 3] and parents == [-1, 0, 1, 1, 2, 4, 5]  # one trunk, 7 8 1 9 8, two branches
     assert edges == [(1, 1), (2, 9), (1, 2), (3, 9), (5, 3), (6, 9)] and paths == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert train.sizes([first, second]) == (7, 5, 3 + 3 + 6)  # nodes, predicting nodes; tokens of three rows
     batch = dmpo.pack([[first, second]])
     assert batch.positions[0, :7].tolist() == [0, 1, 2, 2, 3, 4, 5] and batch.lengths.tolist() == [[2, 2], [2, 0]]
 
@@ -1241,9 +1267,14 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
     with toy_world():
         for extra, folder in ((("--loss", "sdpo"), "sdpo"), (("--loss", "dpo"), "dpo"),
                               (("--init", "base", "--out", "frombase"), "dmpo"),
-                              (("--init", "base", "--out", "two", "--negatives", 2), "dmpo")):
+                              (("--init", "base", "--out", "two", "--negatives", 2), "dmpo"),
+                              (("--init", "runs/toy/sft", "--out", "again", "--loss", "sdpo"), "sdpo")):
             status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
             assert status == 0, err
+        again, first = (Path(run, "sdpo/adapter_model.safetensors").read_bytes() for run in ("again", "runs/toy"))
+        assert again == first, "from SFT's folder or right after SFT: the same adapter"
+        status, out, err = command(train.main, *TOY, "--init", "nowhere", "--out", "never")
+        assert status and "nowhere: no readable adapter" in str(err), err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
         assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
         status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy.csv")

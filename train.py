@@ -55,7 +55,8 @@ def parse():
     add("--batch-size", type=positive, default=8, help="shots a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
-    add("--init", choices=("sft", "base"), default="sft", help="start and reference of dmpo (default: %(default)s)")
+    add("--init", default="sft", metavar="sft|base|FOLDER", help="where dmpo starts from, which is its reference: the "
+        "SFT of the same --out, the base model, or any adapter's folder (default: %(default)s)")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
     add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives: the data's own "
@@ -90,7 +91,7 @@ def stage_settings(args, stage):
     for key, default in DEFAULTS[stage].items():
         settings[key] = getattr(args, key) if own and getattr(args, key) else default
     if stage == "dmpo":
-        settings |= {key: getattr(args, key) for key in ("loss", "init", "beta", "sample")}
+        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")} | {"init": Path(args.init).name}
     if stage == "dmpo" or args.prompt == "candidates":
         settings["negatives"] = args.negatives
     return {"stage": stage, **settings}
@@ -236,11 +237,24 @@ def prepare(model, tokenizer, dataset, settings):
     return shots, validation
 
 
+def sizes(shot):
+    """(nodes of a shot's tree, those that predict something, tokens that a row for each response would have).
+
+    >>> sizes([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])
+    (4, 3, 10)
+    """
+    tokens, _, edges, _ = dmpo.tree(shot)
+    rows = (len(prompt) + len(response) - 1 for prompt, responses in shot for response in responses)
+    return len(tokens), len({node for node, _ in edges}), sum(rows)
+
+
 def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # as long as this function runs
     shots, validation = prepare(model, tokenizer, dataset, settings)
+    print("{} shots, {} examples; a tree has {:.0f} nodes, of which {:.0f} predict something, where rows would have "
+          "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
     reference = None
     if settings["stage"] == "dmpo":  # as long as the model is its own reference: no checkpoint is loaded yet
         reference = evaluation.log_probabilities(model, shots, title="reference").float().split([*map(len, shots)])
@@ -356,6 +370,8 @@ def main():
         if stage == "sft" or args.init == "base":
             torch.manual_seed(args.seed)
             lora.attach(lora.detach(model), args.rank, 2 * args.rank)
+        elif args.init != "sft":
+            settings["rank"] = lora.load(model, args.init).lora_config["r"]
         if stage == "dmpo":  # whatever it starts from is its reference
             settings["reference"] = checksum({key: value.cpu() for key, value in lora.state(model).items()})
         if (folder / "adapter_model.safetensors").exists():
