@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import model as llama
 
-DEFAULTS = {"sft": {"epochs": 3, "lr": 1e-3}, "dmpo": {"epochs": 3, "lr": 5e-4}}
+DEFAULTS = {"sft": {"epochs": 1, "lr": 1e-3}, "dmpo": {"epochs": 1, "lr": 5e-4}}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
 HARD = 5  # --sample hard picks among so many times as many negatives
@@ -52,7 +52,7 @@ def parse():
         stage: values["epochs"] for stage, values in DEFAULTS.items()})
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)" % {
         stage: values["lr"] for stage, values in DEFAULTS.items()})
-    add("--batch-size", type=positive, default=8, help="shots a step (default: %(default)s)")
+    add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
     add("--init", default="sft", metavar="sft|base|FOLDER", help="where dmpo starts from, which is its reference: the "
