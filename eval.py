@@ -59,7 +59,7 @@ def log_probabilities(model, shots, tokens=TOKENS, title=""):
                 logps[where, :found.shape[1]] = found.double()
             bar.update(len(group))
     if not add_up(logps).isfinite().all():
-        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite; the adapter is broken")
+        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite: the weights are broken")
     return logps
 
 
@@ -88,7 +88,7 @@ def score_catalogue(model, tokenizer, dataset, catalogue, history):
     check_length(model, "of this history", len(prompt) + lengths.max())
     scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy() / lengths
     if not np.isfinite(scores).all():
-        raise ValueError("the model's log-probabilities are not finite; the adapter is broken")
+        raise ValueError("the model's log-probabilities are not finite: the weights are broken")
     return scores
 
 
@@ -323,7 +323,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     new, last = np.array([item not in seen for item in dataset.items]), adapters[-1][0]
     titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
     for name, folder, *_ in adapters:
-        use_adapter(model, folder)
+        lora.load(model, folder)
         scores[name] = score_catalogue(model, tokenizer, dataset, catalogue, history)[new]
     order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
     rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
@@ -374,16 +374,14 @@ def deletion_test(model, tokenizer, dataset, examples, removed=3, draws=5, seed=
     return np.array(reasons, float), np.array(chance, float)
 
 
-def columns(text, width):
-    """The text in exactly `width` terminal columns: wide characters take two, combining ones none."""
-    taken, kept = 0, ""
-    for character in text:
-        size = 0 if unicodedata.combining(character) or unicodedata.category(character) == "Cf" else (
+def cut(text, width):
+    """As much of the text as fits into `width` terminal columns: wide characters take two, combining ones none."""
+    for at, character in enumerate(text):
+        width -= 0 if unicodedata.combining(character) or unicodedata.category(character) == "Cf" else (
             2 if unicodedata.east_asian_width(character) in "WF" else 1)
-        if taken + size > width:
-            break
-        taken, kept = taken + size, kept + character
-    return kept + " " * (width - taken)
+        if width < 0:
+            return text[:at]
+    return text
 
 
 def print_person(report, effects, width):
@@ -393,7 +391,7 @@ def print_person(report, effects, width):
     latest, rows = report["history"][-data.HISTORY:], list(report["recommended"])
     if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
         rows.append(report["held_out"])
-    print("\n".join(["The history, oldest first:", *(f"  {columns(title, width - 2).rstrip()}" for title in latest)]))
+    print("\n".join(["The history, oldest first:", *(f"  {cut(title, width - 2)}" for title in latest)]))
     text = f"Of {report['titles']} other titles {name} ranks first" + (
         f" ({', '.join(others)}: their ranks for the same title):" if others else ":")
     print(f"\n{textwrap.fill(text, width)}\n")
@@ -404,7 +402,7 @@ def print_person(report, effects, width):
         start = f"{row['rank'][name]:6}{row['score']:8.2f}" + "".join(
             f"{row['rank'][other]:{max(7, len(other) + 1)}}" for other in others)
         mark = "  <- what came next" if row["held_out"] else ""
-        print(f"{start}  {columns(row['title'], max(10, width - len(start) - 2 - len(mark))).rstrip()}{mark}")
+        print(f"{start}  {cut(row['title'], max(10, width - len(start) - 2 - len(mark)))}{mark}")
         if effects is not None and number < len(effects):
             best = np.argsort(-effects[number])
             print_bars(latest, effects[number], dict.fromkeys([*best[:3], best[-1]]), width)
@@ -417,8 +415,7 @@ def print_bars(history, effect, shown, width):
     for i in shown:
         length = round(abs(effect[i]) / unit)
         bar = (" " * half + "|" + "#" * length) if effect[i] >= 0 else " " * (half - length) + "#" * length + "|"
-        title = columns(history[i], max(10, width - 2 * half - 15)).rstrip()
-        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {title}")
+        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {cut(history[i], max(10, width - 2 * half - 15))}")
 
 
 # The machine, or several: under torchrun every process does a part of the users
@@ -457,7 +454,7 @@ def choose_device(name, dtype):
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: only cpu and cuda are supported")
-    if processes > 1 and not dist.is_initialized():
+    if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
@@ -567,13 +564,6 @@ def inherit(adapters, key, default):
     return values.pop()
 
 
-def use_adapter(model, folder):
-    """Give the model the adapter in `folder` in place of the one that it has; None takes that off."""
-    lora.detach(model)
-    if folder is not None:
-        lora.load(model, folder)
-
-
 def examples_asked_for(dataset, args):
     """The examples that args (split, candidates, seed, users) ask for; with --candidates all, without negatives."""
     negatives = 0 if args.candidates == "all" else args.candidates  # None, "given", or a number
@@ -592,7 +582,7 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
     ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and the (shots, seed, moments) they were shown
     for name, folder, saved in [("base", None, {}), *adapters]:
-        use_adapter(model, folder)
+        lora.load(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
@@ -618,7 +608,8 @@ def parse():
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
-    parser.add_argument("--users", type=number(int, 1), help="evaluate a random sample of so many users (default: all)")
+    parser.add_argument("--users", type=number(int, 1),
+                        help="evaluate a random sample of so many users (default: all; --explain alone: 200)")
     parser.add_argument("--candidates", type=candidates, metavar="N",
                         help="rank the held-out item among so many, itself included; all: every item that the user "
                              "has not touched; given: those that the data bring (default: given if any, else 20)")
@@ -656,16 +647,7 @@ def number(kind, low, high=math.inf):
 
 def candidates(text):
     """argparse type: "all", "given", or an integer of at least 2."""
-    if text in ("all", "given"):
-        return text
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError("at least 2: the held-out item and one to compare it with")
-    return int(text)
-
-
-def runs_folder(data_name):
-    """Where a data set's adapters lie unless --out says otherwise: a file's folder is named after it."""
-    return Path("runs") / (Path(data_name).stem or data_name)
+    return text if text in ("all", "given") else number(int, 2)(text)
 
 
 def add_data_options(parser, default):
@@ -692,7 +674,7 @@ def write_json(path, value):
 def main():
     """The command: find model, data and adapters; then a table, a person's list, or the test of explanations."""
     args = parse()
-    run = runs_folder(args.data or "ml-100k")
+    run = Path("runs") / Path(args.data or "ml-100k").stem  # where train.py puts them
     adapters = find_adapters(args.adapters or ([run] if any(run.glob("*/adapter_model.safetensors")) else []))
     if not adapters:
         print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
@@ -744,7 +726,7 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
     if pair[0] == pair[1]:
         raise ValueError(f"--compare: both titles are {pair[0]!r}")
     for name, folder, *_ in adapters:
-        use_adapter(model, folder)
+        lora.load(model, folder)
         a, b = explain(model, tokenizer, dataset, history, pair)
         scores = score(model, encode(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
@@ -757,7 +739,7 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
 def check_explanations(model, tokenizer, dataset, adapters, args):
     """--explain for nobody in particular: the deletion test on --users (200 unless given) with the last adapter."""
     if adapters:
-        use_adapter(model, adapters[-1][1])
+        lora.load(model, adapters[-1][1])
     examples = data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
     reasons, chance = deletion_test(model, tokenizer, dataset, examples, seed=args.seed)
     if not len(reasons):
@@ -794,7 +776,7 @@ def run(main):
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; try --checkpoint-activations ({str(error).splitlines()[0]})")
+        sys.exit(f"error: out of GPU memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

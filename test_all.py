@@ -389,7 +389,7 @@ def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
                 (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(r="4"), "r must"), (dict(r=5), "fit"),
                 (dict(r=0), "r must"), (dict(r=10 ** 12), "fit"), (dict(lora_alpha=float("nan")), "lora_alpha"),
                 (dict(target_modules=["q_proj"]), "fit"), (dict(target_modules=["lm_head"]), "lm_head"),
-                (dict(target_modules=[1]), "target_modules"), (dict(base_model_name_or_path=[1]), "base_model"),
+                (dict(target_modules=[1]), "target_modules"),
                 (dict(init_lora_weights="pissa"), "pissa"), (dict(alora_invocation_tokens=[1]), "alora")):
             (path / "adapter_config.json").write_text(json.dumps({**json.loads(config), **changes}))
             refused(lambda: lora.load(tiny(), path), word)
@@ -1001,9 +1001,9 @@ def test_people_get_lists_with_reasons_that_read_well_everywhere():
 
 
 def test_titles_of_any_script_line_up():
-    for text, shown in (("abc", "abc   "), ("abcdefgh", "abcdef"), ("映画館", "映画館"), ("映画館x", "映画館"),
-                        ("x映画館", "x映画 "), ("e\u0301e\u0301", "e\u0301e\u0301    "), ("فيلم", "فيلم  ")):
-        assert evaluation.columns(text, 6) == shown, text
+    for text, shown in (("abc", "abc"), ("abcdefgh", "abcdef"), ("映画館", "映画館"), ("映画館x", "映画館"),
+                        ("x映画館", "x映画"), ("e\u0301" * 7, "e\u0301" * 6), ("فيلم", "فيلم")):
+        assert evaluation.cut(text, 6) == shown, text
 
 
 def test_ranking_all_items_leaves_out_what_the_user_touched():
@@ -1166,7 +1166,7 @@ def interrupted_run(*args):
 def test_checkpoints_that_do_not_fit_are_refused_by_name():
     with interrupted_run() as folder:
         status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft", "--lr", 0.01)
-        assert status == 1 and f"lr {train.DEFAULTS['sft']['lr']}, not 0.01" in err, err
+        assert status == 1 and f"lr {train.LEARNING_RATES['sft']}, not 0.01" in err, err
         whole = (folder / "checkpoint.safetensors").read_bytes()
         assert b".part" not in b"".join(bytes(p) for p in folder.iterdir())
         for at in (3, len(whole) // 2, len(whole) - 5):  # the header, an adapter or moment, the last of them
@@ -1275,7 +1275,7 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
         again, first = (Path(run, "sdpo/adapter_model.safetensors").read_bytes() for run in ("again", "runs/toy"))
         assert again == first, "from SFT's folder or right after SFT: the same adapter"
         status, out, err = command(train.main, *TOY, "--init", "nowhere", "--out", "never")
-        assert status and "nowhere: no readable adapter" in str(err), err
+        assert status and "nowhere/adapter_config.json: cannot be read" in str(err), err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
         assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
         status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy.csv")
@@ -1480,13 +1480,13 @@ def benchmark_trl():
         model = lora.attach(llama.load(folder, dtype=dtype))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         rates = []
-        for start in (0, 0, 8, 16):  # the first warms up
+        for start in (0, *range(0, 24, 2)):  # two shots a step; the first warms up
             began = time.perf_counter()
-            train.backward(model, encoded[start:start + 8], [torch.zeros(moments, 5)] * 8,
+            train.backward(model, encoded[start:start + 2], [torch.zeros(moments, 5)] * 2,
                            {"stage": "dmpo", "loss": "dmpo", "beta": 0.1})
             optimizer.step()
             optimizer.zero_grad()
-            rates.append(8 * moments / (time.perf_counter() - began))
+            rates.append(2 * moments / (time.perf_counter() - began))
         ours, some = np.median(rates[1:]), random.Random(0).sample(sum(shots, []), 8)
         rows = [{"prompt": data.prompt(e.history), "chosen": data.response(e.positive), "rejected": data.response(n)}
                 for e in some for n in e.negatives]

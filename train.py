@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import model as llama
 
-DEFAULTS = {"sft": {"epochs": 1, "lr": 1e-3}, "dmpo": {"epochs": 1, "lr": 5e-4}}
+LEARNING_RATES = {"sft": 1e-3, "dmpo": 5e-4}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
 HARD = 5  # --sample hard picks among so many times as many negatives
@@ -48,10 +48,9 @@ def parse():
     add("--moments", type=evaluation.number(int, 1, data.HISTORY + 1), default=data.HISTORY,
         help="of each history learn the latest so many items, each after those before it; 1: the last alone, as the "
              "paper does (default: %(default)s)")
-    add("--epochs", type=positive, help="passes over them in this stage (default: sft %(sft)d, dmpo %(dmpo)d)" % {
-        stage: values["epochs"] for stage, values in DEFAULTS.items()})
-    add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)" % {
-        stage: values["lr"] for stage, values in DEFAULTS.items()})
+    add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
+    add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
+        % LEARNING_RATES)
     add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
@@ -72,7 +71,7 @@ def parse():
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     evaluation.add_machine_options(parser)
     args = parser.parse_args()
-    args.out = args.out or str(evaluation.runs_folder(args.data))
+    args.out = args.out or f"runs/{Path(args.data).stem}"
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
     if args.prompt == "candidates" and args.candidates == "all":
         parser.error("--candidates all cannot be listed in a prompt")
@@ -88,8 +87,7 @@ def stage_settings(args, stage):
     """Everything that decides a stage's adapter, as it is kept in args.json."""
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
-    for key, default in DEFAULTS[stage].items():
-        settings[key] = getattr(args, key) if own and getattr(args, key) else default
+    settings["epochs"], settings["lr"] = args.epochs if own else 1, own and args.lr or LEARNING_RATES[stage]
     if stage == "dmpo":
         settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")} | {"init": Path(args.init).name}
     if stage == "dmpo" or args.prompt == "candidates":
@@ -180,13 +178,12 @@ def backward(model, shots, reference, settings):
     examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
     """
     me, processes = evaluation.world()
-    mine = range(me, len(shots), processes)
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
     tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
-    for part in dmpo.group([shots[i] for i in mine], evaluation.TOKENS):
-        group = [mine[i] for i in part]
+    shots, reference = shots[me::processes], reference and reference[me::processes]  # this process's part
+    for group in dmpo.group(shots, evaluation.TOKENS):
         batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
         stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
@@ -230,8 +227,8 @@ def prepare(model, tokenizer, dataset, settings):
         shots = [[next(harder) for _ in shot] for shot in shots]
     none = dataset.given and not dataset.given["validation"]
     validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
-    validation, *shots = (evaluation.encode(model, tokenizer, dataset, part, choices_seed)
-                          for part in (validation, *shots))
+    validation = evaluation.encode(model, tokenizer, dataset, validation, choices_seed)
+    shots = [evaluation.encode(model, tokenizer, dataset, shot, choices_seed) for shot in shots]
     if settings["stage"] == "sft":  # which learns from the positive alone
         shots = [[(prompt, responses[:1]) for prompt, responses in shot] for shot in shots]
     return shots, validation
@@ -313,8 +310,10 @@ def step(model, optimizer, lr, shots, reference, picked, settings):
                          "nothing was updated; what was saved before is kept. Try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
-    line = log_line(lr, stats, sum(map(len, shots)), time.perf_counter() - began)  # and, as shared machines drift:
-    return line | {"peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}
+    seconds = time.perf_counter() - began
+    done = {"examples": sum(map(len, shots)), "tokens": stats.pop("tokens"), "flops": stats.pop("operations")}
+    return {**stats, "lr": lr, "seconds": seconds, **{f"{key}_per_s": value / seconds for key, value in done.items()},
+            "peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}  # machines drift
 
 
 def read_log(folder, done):
@@ -326,13 +325,6 @@ def read_log(folder, done):
                 line = json.loads(text)
                 lines += [text] * (line["step"] < done)
     return lines
-
-
-def log_line(lr, stats, examples, seconds):
-    """What log.jsonl says of one step."""
-    rates = {"examples_per_s": examples, "tokens_per_s": stats.pop("tokens"), "flops_per_s": stats.pop("operations")}
-    return {"loss": stats.pop("loss"), "lr": lr, **stats, "seconds": seconds,
-            **{key: value / seconds for key, value in rates.items()}}
 
 
 def report_speed(model, lines):
