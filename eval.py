@@ -66,11 +66,15 @@ def log_probabilities(model, shots, tokens=TOKENS, title=""):
 def score(model, examples, tokens=TOKENS, title=""):
     """Mean log-probability of each response's tokens -> (users, candidates) array, the positives in column 0; -inf
     where there is no candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
-    logps = log_probabilities(model, [[example] for example in examples], tokens, title).cpu().numpy()
+    return per_token(log_probabilities(model, [[example] for example in examples], tokens, title), examples)
+
+
+def per_token(logps, examples):
+    """log_probabilities' sums to means over each response's tokens, as an array; -inf where there is no candidate."""
     lengths = np.zeros(logps.shape)
     for row, (_, responses) in zip(lengths, examples):
         row[:len(responses)] = [len(response) for response in responses]
-    return np.where(lengths > 0, logps / np.maximum(lengths, 1), -np.inf)
+    return np.where(lengths > 0, logps.cpu().numpy() / np.maximum(lengths, 1), -np.inf)
 
 
 def open_catalogue(model, tokenizer, dataset):

@@ -220,11 +220,12 @@ def prepare(model, tokenizer, dataset, settings):
     shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample,
                        settings["moments"])
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
-        examples = [example for shot in shots for example in shot]
-        scores = evaluation.score(model, evaluation.encode(model, tokenizer, dataset, examples))[:, 1:]  # (N, 5k)
-        harder = (replace(example, negatives=[example.negatives[i] for i in row])
-                  for example, row in zip(examples, np.argsort(-scores)[:, :k]))
-        shots = [[next(harder) for _ in shot] for shot in shots]
+        encoded = [evaluation.encode(model, tokenizer, dataset, shot) for shot in shots]
+        scores = evaluation.per_token(evaluation.log_probabilities(model, encoded, title="hard negatives"),
+                                      [example for shot in encoded for example in shot])[:, 1:]  # (N, 5k)
+        hardest = iter(np.argsort(-scores)[:, :k])
+        shots = [[replace(example, negatives=[example.negatives[i] for i in next(hardest)]) for example in shot]
+                 for shot in shots]
     none = dataset.given and not dataset.given["validation"]
     validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
     validation = evaluation.encode(model, tokenizer, dataset, validation, choices_seed)
