@@ -5,8 +5,8 @@
     python eval.py --baselines           beside popularity, item neighbours, a Markov chain and SASRec
     python eval.py --user 42 --explain   what to recommend to one person, and which history items speak for it
 
-A candidate's score is the mean log-probability of its title's tokens after the user's prompt: the sum would favour
-short titles. A positive ranks below every candidate that it ties with, or a constant model would be perfect.
+A candidate's score is the log-probability of its title after the user's prompt, all tokens together: what training
+raises and compares. A positive ranks below every candidate that it ties with, or a constant model would be perfect.
 """
 
 import argparse
@@ -64,33 +64,29 @@ def log_probabilities(model, shots, tokens=TOKENS, title=""):
 
 
 def score(model, examples, tokens=TOKENS, title=""):
-    """Mean log-probability of each response's tokens -> (users, candidates) array, the positives in column 0; -inf
-    where there is no candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
-    return per_token(log_probabilities(model, [[example] for example in examples], tokens, title), examples)
-
-
-def per_token(logps, examples):
-    """log_probabilities' sums to means over each response's tokens, as an array; -inf where there is no candidate."""
-    lengths = np.zeros(logps.shape)
-    for row, (_, responses) in zip(lengths, examples):
-        row[:len(responses)] = [len(response) for response in responses]
-    return np.where(lengths > 0, logps.cpu().numpy() / np.maximum(lengths, 1), -np.inf)
+    """Log-probability of each response -> (users, candidates) array, the positives in column 0; -inf where there is no
+    candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
+    logps = log_probabilities(model, [[example] for example in examples], tokens, title).cpu().numpy()
+    for row, (_, responses) in zip(logps, examples):
+        row[len(responses):] = -np.inf
+    return logps
 
 
 def open_catalogue(model, tokenizer, dataset):
-    """All of a data set's titles as tries on the model's device -> (what dmpo.catalogue_logps takes, their lengths)."""
+    """All of a data set's titles as tries on the model's device -> (what dmpo.catalogue_logps takes, tokens of the
+    longest)."""
     whole = data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
     catalogue = [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(whole)]
-    return catalogue, np.array([len(response) for response in whole])
+    return catalogue, max(map(len, whole))
 
 
 @torch.no_grad()
 def score_catalogue(model, tokenizer, dataset, catalogue, history):
-    """Mean log-probability of every item after one history -> (items,) float64 array, in the order of dataset.items."""
-    batches, lengths = catalogue
+    """Log-probability of every item after one history -> (items,) float64 array, in the order of dataset.items."""
+    batches, longest = catalogue
     prompt = tokenizer.encode(data.prompt(history, dataset.heading)).ids
-    check_length(model, "of this history", len(prompt) + lengths.max())
-    scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy() / lengths
+    check_length(model, "of this history", len(prompt) + longest)
+    scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy()
     if not np.isfinite(scores).all():
         raise ValueError("the model's log-probabilities are not finite: the weights are broken")
     return scores

@@ -221,9 +221,8 @@ def prepare(model, tokenizer, dataset, settings):
                        settings["moments"])
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
         encoded = [evaluation.encode(model, tokenizer, dataset, shot) for shot in shots]
-        scores = evaluation.per_token(evaluation.log_probabilities(model, encoded, title="hard negatives"),
-                                      [example for shot in encoded for example in shot])[:, 1:]  # (N, 5k)
-        hardest = iter(np.argsort(-scores)[:, :k])
+        scores = evaluation.log_probabilities(model, encoded, title="hard negatives")[:, 1:]  # (N, 5k)
+        hardest = iter(scores.argsort(descending=True)[:, :k].tolist())
         shots = [[replace(example, negatives=[example.negatives[i] for i in next(hardest)]) for example in shot]
                  for shot in shots]
     none = dataset.given and not dataset.given["validation"]
