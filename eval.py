@@ -38,6 +38,7 @@ import lora
 import model as llama
 
 TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix products, yet activations that fit memory
+BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 
 # From scores to numbers
@@ -72,38 +73,48 @@ def score(model, examples, tokens=TOKENS, title=""):
     return logps
 
 
-def open_catalogue(model, tokenizer, dataset):
-    """All of a data set's titles as tries on the model's device -> (what dmpo.catalogue_logps takes, tokens of the
-    longest)."""
-    whole = data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
-    catalogue = [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(whole)]
-    return catalogue, max(map(len, whole))
+def all_titles(tokenizer, dataset):
+    """The token ids of every title as a response, in the order of dataset.items."""
+    return data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
+
+
+def tries(model, responses):
+    """Responses as dmpo.catalogue_logps takes them, on the model's device."""
+    return [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(responses)]
 
 
 @torch.no_grad()
 def score_catalogue(model, tokenizer, dataset, catalogue, history):
-    """Log-probability of every item after one history -> (items,) float64 array, in the order of dataset.items."""
-    batches, longest = catalogue
+    """Log-probability of each of a catalogue's responses after one history -> (responses,) float64 array."""
     prompt = tokenizer.encode(data.prompt(history, dataset.heading)).ids
-    check_length(model, "of this history", len(prompt) + longest)
-    scores = dmpo.catalogue_logps(model, prompt, batches).double().cpu().numpy()
+    check_length(model, "of this history", len(prompt) + max(int(batch.lengths.max()) for batch, _ in catalogue))
+    scores = dmpo.catalogue_logps(model, prompt, catalogue).double().cpu().numpy()
     if not np.isfinite(scores).all():
         raise ValueError("the model's log-probabilities are not finite: the weights are broken")
     return scores
 
 
 def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
-    """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it."""
-    catalogue = open_catalogue(model, tokenizer, dataset)
+    """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
+
+    No title is likelier than its own beginning: only those whose first BEGINNING tokens are as likely as the whole
+    positive, or nearly (bfloat16 rounds), need be scored to their end.
+    """
+    whole = all_titles(tokenizer, dataset)
+    beginnings = tries(model, [response[:BEGINNING] for response in whole])
     where = {item: i for i, item in enumerate(dataset.items)}
+    alone = encode(model, tokenizer, dataset, [replace(example, negatives=[]) for example in examples])
+    least = score(model, alone, title=title)[:, 0] - 0.5
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
     for u in tqdm(range(me, len(examples), processes), desc=title, unit="user", disable=None if me == 0 else True,
                   leave=False):
-        scores = score_catalogue(model, tokenizer, dataset, catalogue, examples[u].history)
-        positive = scores[where[examples[u].positive]]
-        scores[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
-        result[u] = 1 + int((scores >= positive).sum())
+        bounds = score_catalogue(model, tokenizer, dataset, beginnings, examples[u].history)
+        bounds[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
+        rivals = [where[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
+        scores = score_catalogue(model, tokenizer, dataset, tries(model, [whole[i] for i in rivals]),
+                                 examples[u].history)
+        result[u] = (scores >= scores[0]).sum()  # itself included
     return add_up(result.to(model.head.device)).cpu().numpy()
 
 
@@ -321,7 +332,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     """
     seen = set(history)
     new, last = np.array([item not in seen for item in dataset.items]), adapters[-1][0]
-    titles, catalogue, scores = np.array(dataset.items)[new], open_catalogue(model, tokenizer, dataset), {}
+    titles, catalogue, scores = np.array(dataset.items)[new], tries(model, all_titles(tokenizer, dataset)), {}
     for name, folder, *_ in adapters:
         lora.load(model, folder)
         scores[name] = score_catalogue(model, tokenizer, dataset, catalogue, history)[new]

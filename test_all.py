@@ -1006,12 +1006,19 @@ def test_titles_of_any_script_line_up():
         assert evaluation.cut(text, 6) == shown, text
 
 
-def test_ranking_all_items_leaves_out_what_the_user_touched():
+def test_ranking_all_items_is_exact_whatever_beginning_is_scored_first():
     dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
     examples = data.heldout(dataset, "test", 31, users=4)  # 40 titles, 9 touched: 31 others, so the same as "all"
-    tokens = [data.tokenize(tokenizer, e, dataset.heading) for e in examples]
-    assert (evaluation.catalogue_ranks(model, tokenizer, dataset, examples).tolist()
-            == evaluation.ranks(evaluation.score(model, tokens)).tolist())
+    expected = evaluation.ranks(evaluation.score(model, evaluation.encode(model, tokenizer, dataset, examples)))
+    before, scored = (evaluation.BEGINNING, dmpo.catalogue_logps), []
+    try:
+        dmpo.catalogue_logps = lambda *args: scored.append(before[1](*args)) or scored[-1]
+        for evaluation.BEGINNING in (1, before[0], 100):
+            assert evaluation.catalogue_ranks(model, tokenizer, dataset, examples).tolist() == expected.tolist()
+    finally:
+        evaluation.BEGINNING, dmpo.catalogue_logps = before
+    sizes = [len(scores) for scores in scored]  # the catalogue's beginnings, then what is left: user by user
+    assert sizes[::2] == [40] * 12 and max(sizes[1::2]) <= 32 and min(sizes[-8:][1::2]) < 32
 
 
 # train.py
