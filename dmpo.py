@@ -152,8 +152,9 @@ def response_logps(model, batch, past=None):
     Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
     """
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
-    hidden = hidden.flatten(0, 1)[batch.predicting]                                # (P, D)
-    chosen = (hidden[batch.sources].float() * model.head[batch.targets]).sum(-1)  # (E,)
+    hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
+    # embedding(sources, hidden) is hidden[sources] whose gradient is always summed in the same order, bit for bit
+    chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 

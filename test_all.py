@@ -799,6 +799,22 @@ def test_tree_gradients_equal_scoring_every_response_alone():
         close(gradients[-2], gradients[-1], 1e-4)
 
 
+def test_tree_gradients_have_the_same_bits_every_time():
+    torch.manual_seed(0)
+    shot = [([1], [[node, token] for token in range(20) for node in range(2, 52)])]  # 50 nodes, 20 children each
+    hidden = torch.randn(1, 64, 512, requires_grad=True)
+
+    class Model:
+        head = torch.randn(64, 512)
+
+        def __call__(self, *_):
+            return hidden
+
+    batch = dmpo.pack([shot])
+    first, *others = (torch.autograd.grad(dmpo.response_logps(Model(), batch).sum(), hidden)[0] for _ in range(100))
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_real_model_tree_equals_scoring_every_title_alone():
     folder = need_model()
     model, tokenizer = llama.load(folder), data.load_tokenizer(folder)
