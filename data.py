@@ -122,7 +122,8 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
         if item not in touched:
             chosen[item] = None
     if len(chosen) < count:
-        raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer")
+        raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer "
+                         "(--negatives in training, --candidates in evaluation)")
     return list(chosen)
 
 
@@ -186,7 +187,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
             shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
         result.append(shot)
     if len(result) < count:
-        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}")
+        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}: ask for fewer (--shots)" +
+                         ("" if dataset.given else "; only users with four items or more have any"))
     return result
 
 
