@@ -1488,6 +1488,29 @@ def benchmark_fuzz_10000_files_of_every_kind():
 # Comparisons of speed, run only when named: python test_all.py benchmark_trl
 
 
+def benchmark_catalogue():
+    """Seconds a user for the rank among all titles: in two passes, by every title's score, and with a row for each."""
+    evaluation.keep_freed_memory()
+    folder = need_model()
+    dataset, tokenizer = data.load("ml-100k"), data.load_tokenizer(folder)
+    model, titles = llama.load(folder, dtype=torch.bfloat16), evaluation.all_titles(tokenizer, dataset)
+    examples, catalogue = data.heldout(dataset, "validation", 0, users=6), evaluation.tries(model, titles)
+
+    def row_by_row(example):
+        prompt = tokenizer.encode(data.prompt(example.history)).ids
+        return evaluation.log_probabilities(model, [[(prompt, [title])] for title in titles])
+
+    for name, rank, users in (
+        ("two passes", lambda some: evaluation.catalogue_ranks(model, tokenizer, dataset, some), 6),
+        ("every title, one trie", lambda some: [evaluation.score_catalogue(model, tokenizer, dataset, catalogue,
+                                                                           example.history) for example in some], 6),
+        ("every title, a row each", lambda some: [row_by_row(example) for example in some], 1),
+    ):
+        began = time.perf_counter()
+        rank(examples[:users])
+        print(f"{name:24} {(time.perf_counter() - began) / users:6.2f} s a user, {len(titles)} titles")
+
+
 def benchmark_trl():
     """DMPO examples a second here, and in trl.DPOTrainer with peft, which gets the k = 4 pairs of each example.
 
