@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
@@ -23,33 +24,6 @@ from torch import nn
 import model as llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class LoRAFunction(torch.autograd.Function):
-    """y = x Wᵀ + scale (x Aᵀ) Bᵀ with W frozen, in as few and as large matrix products as it takes.
-
-    Autograd would find the same gradients; written out, the sums are accumulated inside the products, and only x and
-    the narrow x Aᵀ are kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, A, B, scale):
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        narrow = x @ A.T                                          # (N, r)
-        ctx.save_for_backward(x, weight, A, B, narrow)
-        ctx.scale = scale
-        return (x @ weight.T).addmm_(narrow, B.T, alpha=scale)    # (N, out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, A, B, narrow = ctx.saved_tensors
-        narrow_grad = ctx.scale * (grad @ B)                      # (N, r)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ weight).addmm_(narrow_grad, A)       # (N, in)
-        A_grad = (narrow_grad.T @ x).float()                      # (r, in)
-        B_grad = (grad.T @ narrow).float() * ctx.scale            # (out, r)
-        return x_grad, None, A_grad, B_grad, None
 
 
 class LoRALinear(nn.Module):
@@ -64,8 +38,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/√in, as nn.Linear and PEFT do
 
     def forward(self, x):
-        y = LoRAFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.lora_A, self.lora_B, self.scale)
-        return y.view(*x.shape[:-1], -1)
+        A, B = self.lora_A.to(x.dtype), (self.scale * self.lora_B).to(x.dtype)
+        return F.linear(x, self.weight) + F.linear(F.linear(x, A), B)  # (.., out)
 
 
 def adapters(model):

@@ -46,29 +46,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return RMSNormFunction.apply(x, self.weight, self.eps)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """y = x r w with r = 1 / sqrt(mean(x²) + eps), w frozen; sums in float32, whole tensors in x's type.
-
-    On a CPU the passes over memory are what costs here, and autograd's own backward would make twice as many.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (B, T, 1)
-        r = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, weight, r)
-        return (x * r.to(x.dtype)).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, r = ctx.saved_tensors
-        grad = grad * weight
-        along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32)  # (B, T, 1): a change along x is undone
-        pull = r.pow(3) * along / x.shape[-1]
-        return grad.mul_(r.to(x.dtype)).addcmul_(x, pull.to(x.dtype), value=-1), None, None
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+        return x * scale.to(x.dtype) * self.weight
 
 
 def rope_frequencies(config, device=None):
@@ -87,22 +67,10 @@ def rope_frequencies(config, device=None):
     return freqs
 
 
-class Rotate(torch.autograd.Function):
-    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position: x (B, T, heads, d).
-
-    The gradient of a rotation is the rotation back; nothing but the angles need be kept for it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + d/2]) of each head by the angles of its position: x (B, T, heads, d)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attention_weights(q, k, bias):
@@ -142,8 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, bias, past, layer):
         B, T, _ = x.shape
-        q = Rotate.apply(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, d)
-        k = Rotate.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, d)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, d)
         if past is not None:
             if len(past) == layer:  # an empty list is filled, layer by layer
@@ -152,20 +120,6 @@ class Attention(nn.Module):
                 k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)  # (B, G, S, d)
                         for old, new in zip(past[layer], (k, v)))
         return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) · up, which keeps its two inputs only: silu(gate) is computed again for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class MLP(nn.Module):
@@ -178,7 +132,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

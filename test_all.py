@@ -217,31 +217,6 @@ def test_keys_and_values_of_the_past_stand_in_for_its_tokens():
         close(model(ids[:, 12:].repeat(2, 1), past=past)[1:], model(ids)[:, 12:], 1e-5)  # one past, two rows
 
 
-def test_backward_passes_that_are_written_out_equal_autograds():
-    torch.manual_seed(0)
-    weight, vocabulary, angles = torch.randn(8), torch.randn(9000, 8), torch.randn(2, 5, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotated(x):
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-    for ours, plain, shape in (
-        (lambda x: llama.RMSNormFunction.apply(x, weight, 1e-5),
-         lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight, (5, 8)),
-        (lambda x: llama.Rotate.apply(x, cos, sin), rotated, (2, 5, 3, 4)),
-        (lambda x: llama.SwiGLU.apply(*x), lambda x: torch.nn.functional.silu(x[0]) * x[1], (2, 5, 8)),
-        (lambda x: dmpo.LogSumExp.apply(x, vocabulary), lambda x: (x @ vocabulary.T).logsumexp(-1), (5, 8)),
-    ):
-        x = torch.randn(shape, requires_grad=True)
-        gradients = []
-        for function in (ours, plain):
-            y = function(x)
-            gradients.append(torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).view_as(y))[0])
-        close(ours(x), plain(x), 1e-5)
-        close(*gradients, 1e-5)
-
-
 def test_real_model_continues_five_prompts_token_for_token_as_transformers():
     transformers, folder = need("transformers"), need_model()
     tokenizer, ours = data.load_tokenizer(folder), llama.load(folder)
@@ -823,6 +798,15 @@ def test_real_model_tree_equals_scoring_every_title_alone():
                 for n in (1, 4)]
     with torch.no_grad():
         close(dmpo.response_logps(model, pack(examples)), one_by_one(model, examples), 5e-4)  # of about -30
+
+
+def test_vocabulary_in_pieces_has_the_values_and_gradients_of_the_whole():
+    torch.manual_seed(0)
+    hidden, vocabulary = torch.randn(5, 8, requires_grad=True), torch.randn(9000, 8)
+    pieces, whole = dmpo.LogSumExp.apply(hidden, vocabulary), (hidden @ vocabulary.T).logsumexp(-1)
+    close(pieces, whole, 1e-5)
+    weights = torch.linspace(-1, 1, 5)
+    close(*(torch.autograd.grad(y, hidden, weights)[0] for y in (pieces, whole)), 1e-5)
 
 
 def test_losses_by_hand():
