@@ -130,8 +130,8 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
 def heldout(dataset, split, negatives, seed=0, users=None):
     """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them.
 
-    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given". None takes the
-    data's own if there are any, else 19, or as many as there can be. The history is the user's whole one.
+    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given". None takes an
+    example's own if it has any, else draws 19, or as many as there can be. The history is the user's whole one.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
@@ -140,11 +140,10 @@ def heldout(dataset, split, negatives, seed=0, users=None):
         examples = [Example(user, items[:end], items[end], [])
                     for user, items in sorted(dataset.sequences.items()) if len(items) > -end]
     if not examples:
-        raise ValueError(f"{dataset.name}: no user has enough items for a {split} example")
-    if negatives is None:
-        most = max(len(dataset.sequences[example.user]) for example in examples)
-        own = all(example.negatives for example in examples)
-        negatives = "given" if own else max(1, min(19, len(dataset.items) - most))
+        raise ValueError(f"{dataset.name} has no {split} example" + (
+            "" if dataset.given else f": no user has more than {-end} items"))
+    most = max(len(dataset.sequences[example.user]) for example in examples)
+    count = max(1, min(19, len(dataset.items) - most)) if negatives is None else negatives
     if users is not None and users < len(examples):
         examples = [examples[i] for i in sorted(random.Random(f"{seed} users").sample(range(len(examples)), users))]
     if negatives == "given":
@@ -152,8 +151,8 @@ def heldout(dataset, split, negatives, seed=0, users=None):
             raise ValueError(f"{dataset.name}: brings no candidates of its own for every {split} example "
                              "(--candidates N draws some)")
         return examples
-    return [replace(example, negatives=sample_negatives(dataset.items, set(dataset.sequences[example.user]), negatives,
-                                                        seed, split, example.user)) for example in examples]
+    return [example if negatives is None and example.negatives else replace(example, negatives=sample_negatives(
+        dataset.items, set(dataset.sequences[example.user]), count, seed, split, example.user)) for example in examples]
 
 
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
@@ -163,7 +162,7 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     titles[1] after titles[:1], titles[2] after titles[:2], .., but only the last `moments` of them. No two shots of a
     sequence have a moment in common, and a smaller count with the same seed takes a part of the same shots. Negatives
     are drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often
-    as users touched it ("popular"); with "given", the last moment takes those that the data bring first. ValueError if
+    as it occurs ("popular"); with "given", the last moment takes those that the data bring first. ValueError if
     there are fewer shots.
     """
     pool = dataset.items
@@ -405,10 +404,10 @@ def load_paper(name):
         given[split] = [Example(f"{split} {number}", list(history), positive, negatives)
                         for number, ((history, positive), negatives) in enumerate(found.items(), 1)]
     loaded, pool = from_examples(given), [title for example in given["test"] for title in example.history]
-    given["validation"] = [Example(
+    validation = [Example(
         e.user, e.history[:-1], e.history[-1],
         sample_negatives(pool, set(loaded.sequences[e.user]), 1, 0, "validation", e.user)) for e in given["test"]]
-    return loaded
+    return replace(loaded, given={**given, "validation": validation})
 
 
 def paper_titles(text):

@@ -145,22 +145,16 @@ def interval(values, seed=0, draws=2000):
 
 
 def summarise(rows):
-    """[(name, {metric: (users,)}), ..] -> the JSON rows: means, intervals, and paired differences.
-
-    SFT, the first row of its training, is compared with the base model, what follows with that SFT; traditional
-    methods, which come last, with the last of the language models.
-    """
-    result, sft, last = [], 0, 0
-    for i, (name, values) in enumerate(rows):
+    """[(name, {metric: (users,)}, name of the row to compare with or None), ..] -> the JSON rows: means, intervals, and
+    paired differences."""
+    result, by_name = [], {name: values for name, values, _ in rows}
+    for name, values, to in rows:
         row = {"name": name, **{key: float(value.mean()) for key, value in values.items()},
                "ci95": {key: interval(value) for key, value in values.items()}}
-        if i:
-            traditional = name.split(", ")[0] in BASELINES
-            to = 0 if name.startswith("sft") else last if traditional else sft
-            paired = {key: value - rows[to][1][key] for key, value in values.items()}
-            row["difference"] = {"to": rows[to][0], **{key: float(value.mean()) for key, value in paired.items()},
+        if to:
+            paired = {key: value - by_name[to][key] for key, value in values.items()}
+            row["difference"] = {"to": to, **{key: float(value.mean()) for key, value in paired.items()},
                                  "ci95": {key: interval(value) for key, value in paired.items()}}
-            sft, last = i if name.startswith("sft") else sft, last if traditional else i
         result.append(row)
     return result
 
@@ -450,7 +444,7 @@ def wait(device):
 
 
 def choose_device(name, dtype):
-    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it is the faster.
+    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it multiplies twice as fast.
 
     If torchrun started this process, it joins the others here; only the first of them goes on printing.
     """
@@ -472,7 +466,7 @@ def choose_device(name, dtype):
     if dtype != "auto":
         return device, getattr(torch, dtype)
     rates = add_up(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
-    return device, (torch.float32, torch.bfloat16)[int(rates.argmax())]
+    return device, torch.bfloat16 if rates[1] > 2 * rates[0] else torch.float32  # no close call: it falls alike each time
 
 
 def matmul_rate(device, dtype, seconds=0.2):
@@ -559,12 +553,14 @@ def find_adapters(paths):
                 if key in saved and not isinstance(saved[key], kind):
                     raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
             found.append((folder.name, folder, saved))
-    for i, (name, folder, saved) in enumerate(found):
-        alike = [other for other_name, _, other in found if other_name.split(", ")[0] == name]
+
+    def full(name, saved):
+        alike = [other for other_name, _, other in found if other_name == name]
         unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
                   and any(other.get(key) != saved[key] for other in alike)]
-        found[i] = ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)]), folder, saved
-    return found
+        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)])
+
+    return [(full(name, saved), folder, saved) for name, folder, saved in found]
 
 
 def inherit(adapters, key, default):
@@ -591,23 +587,29 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     tokens = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
     count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
-    ranked, seen = {}, set()  # {name: [ranks (users,) of each adapter]}, and the (shots, seed, moments) they were shown
+    ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: the row it is compared with}
+    sft, seen = "base", set()              # the latest SFT row's name; the (shots, seed, moments) that adapters were shown
     for name, folder, saved in [("base", None, {}), *adapters]:
         lora.load(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
+        compared.setdefault(name, "base" if saved.get("stage") == "sft" or saved.get("init") == "base" else sft)
+        sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, tokens, title=name)))
         ranked.setdefault(name, []).append(rank)
     if args.baselines:
-        ranked |= rank_baselines(dataset, examples, sorted(seen))
-    ranked = {name if len(runs) == 1 else f"{name} x{len(runs)}": np.array(runs) for name, runs in ranked.items()}
-    rows = [(name, {key: values.mean(0) for key, values in measure(runs, count).items()})  # of each user, over runs
-            for name, runs in ranked.items()]
+        traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]
+        compared |= dict.fromkeys(traditional, last)
+        ranked |= traditional
+    label = {name: name if len(runs) == 1 else f"{name} x{len(runs)}" for name, runs in ranked.items()}
+    rows = [(label[name], {key: values.mean(0) for key, values in measure(np.array(runs), count).items()},  # over runs
+             label.get(compared[name])) for name, runs in ranked.items()]
     return {"data": dataset.name, "split": args.split, "candidates": args.candidates or count, "users": len(examples),
-            "seed": args.seed, "rows": summarise(rows), "ranks": {name: rank.tolist() for name, rank in ranked.items()}}
+            "seed": args.seed, "rows": summarise(rows),
+            "ranks": {label[name]: np.array(runs).tolist() for name, runs in ranked.items()}}
 
 
 def parse():
@@ -643,6 +645,8 @@ def parse():
     args.person = args.user is not None or args.history is not None
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
+    if args.candidates and (args.person or args.explain):
+        parser.error("--candidates is for tables: lists rank every title, and --explain tests the first of 20")
     return args
 
 

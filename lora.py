@@ -138,7 +138,7 @@ def refuse_unsupported(path, config):
 def detach(model, merged=False):
     """Turn every LoRALinear back into the nn.Linear it wraps; with `merged`, its weight becomes W + (alpha/r) B A."""
     for name, module in adapters(model).items():
-        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear = nn.Linear(*module.weight.shape[::-1], bias=False, device="meta")
         linear.weight = module.weight
         if merged:
             update = module.scale * module.lora_B @ module.lora_A  # (out, in)

@@ -24,6 +24,7 @@ import unittest
 import warnings
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -540,6 +541,8 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     drawn = data.heldout(dataset, "test", 3)[0].negatives
     assert set(drawn) <= {"X", "Y", "D", "W", "Z"} and len(drawn) == 3
     refused(lambda: data.heldout(dataset, "validation", "given"), "brings no candidates")
+    some = replace(dataset, given=dataset.given | {"test": dataset.given["test"] + dataset.given["validation"]})
+    assert [len(e.negatives) for e in data.heldout(some, "test", None)] == [2, 5]  # drawn only where none are given
     shot = next(shot for (shot,) in data.shots(dataset, 2, 3, seed=0) if shot.user == "v")
     assert shot.negatives == ["X", "Y", "W"]  # filled up by drawing from the training titles that v has not touched
     dataset = read_text("".join(line % (f"u{i}", f"P{i}", "") for i in range(30)), "own.jsonl")  # no splits: by user
@@ -558,7 +561,7 @@ def test_your_own_malformed_examples_are_refused_by_line():
         ('{"history": ["A"], "positive": "\\n", "negatives": []}', ("line 1", "must be")),
         (good.replace('"C"', '"C", "C"'), ("line 1", "twice")),
         (good.replace("}", ', "split": "dev"}'), ("line 1", "split")),
-        (good.replace("}", ', "user": null}'), ("line 1", "user")), (b"\xff\xfe", ("not UTF-8",)), ("", ("no user",)),
+        (good.replace("}", ', "user": null}'), ("line 1", "user")), (b"\xff\xfe", ("not UTF-8",)), ("", ("no test",)),
     ):
         refused(lambda: data.heldout(read_text(text, "own.jsonl"), "test", 0), *words)
     assert read_text('{"history": ["\\ud800"], "positive": "B"}', "own.jsonl").items == ["?", "B"]  # half a character
@@ -905,13 +908,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 def test_differences_are_paired_and_several_runs_are_averaged():
     a, b = (evaluation.measure(np.array(rank * 25), 20) for rank in ([1, 2, 9, 20], [1, 1, 8, 19]))
-    rows = evaluation.summarise([("base", a), ("dmpo", b)])
+    rows = evaluation.summarise([("base", a, None), ("dmpo", b, "base")])
     low, high = rows[1]["difference"]["ci95"]["MRR"]
     assert low > 0 and high - low < rows[0]["ci95"]["MRR"][1] - rows[0]["ci95"]["MRR"][0]
     close(rows[1]["difference"]["MRR"], rows[1]["MRR"] - rows[0]["MRR"], 1e-9)
-    names = ["base", "sft", "dmpo", "dpo", "sft (other)", "dmpo (other)"]
-    rows = evaluation.summarise([(name, a) for name in names])
-    assert [row["difference"]["to"] for row in rows[1:]] == ["base", "sft", "sft", "base", "sft (other)"]
 
 
 def test_scores_do_not_depend_on_how_users_are_grouped():
@@ -1285,8 +1285,11 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
         assert status and "nowhere/adapter_config.json: cannot be read" in str(err), err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
         assert [p.name for p in Path("frombase").iterdir()] == ["dmpo"]
-        status, out, err = command(evaluation.main, "runs/toy", "frombase", "--data", "toy.csv")
-        assert status == 0 and out.index("sft") < out.index("dpo"), err
+        status, out, err = command(evaluation.main, "runs/toy", "frombase", "--baselines", "--json", "table.json")
+        to = {row["name"]: row.get("difference", {}).get("to") for row in json.loads(Path("table.json").read_text())["rows"]}
+        assert status == 0 and [*to.items()][:5] == [
+            ("base", None), ("sft", "base"), ("dpo", "sft"), ("sdpo", "sft"), ("dmpo", "base")], (to, err)
+        assert to["sasrec, 24 shots"] == to["sasrec, all users"] == "dmpo", to
         status, out, err = command(evaluation.main, "frombase", "two", "frombase/dmpo", "--data", "toy.csv")
         assert status == 0 and "dmpo, negatives 4 x2" in out and "dmpo, negatives 2 " in out, (out, err)
 

@@ -75,6 +75,8 @@ def parse():
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
     if args.prompt == "candidates" and args.candidates == "all":
         parser.error("--candidates all cannot be listed in a prompt")
+    if args.prompt == "candidates" and args.sample == "hard":
+        parser.error("--sample hard chooses among more negatives than a prompt could list")
     if args.loss == "dpo" and args.negatives != 1:
         parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
     return args
