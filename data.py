@@ -46,11 +46,11 @@ class Example:
 @dataclass(frozen=True)
 class Dataset:
     """Every user's titles, oldest first and none twice; `items` are all titles, sorted."""
-    name: str
-    heading: str  # what a prompt begins with
     sequences: dict[str, list[str]]
     items: list[str]
     given: dict[str, list[Example]] | None = None  # "train", "validation" and "test", where the data bring examples
+    name: str = ""
+    heading: str = "Items chosen, in order:"  # what a prompt begins with
 
 
 # Text and tokens
@@ -172,9 +172,9 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     elif sample == "popular":
         pool = [item for items in dataset.sequences.values() for item in items[:-2]]
     result = []
-    moments = min(moments, HISTORY)  # so that consecutive shots leave nothing out between them
-    for example, touched, purpose in given_shots(dataset, seed) if dataset.given else sequence_shots(
-            dataset, seed, moments):
+    moments = min(moments, HISTORY)  # a shot shows no more; the next one begins so many items earlier, leaving none out
+    source = given_shots(dataset, seed) if dataset.given else sequence_shots(dataset, seed, moments)
+    for example, touched, purpose in source:
         if len(result) == count:
             return result
         titles, shot = [*example.history[-HISTORY:], example.positive], []
@@ -262,7 +262,7 @@ def from_events(events):
         users.setdefault(user, []).append((time, title))
     sequences = {user: list(dict.fromkeys(title for _, title in sorted(own, key=lambda event: event[0])))
                  for user, own in users.items()}
-    return Dataset("", "", sequences, sorted({title for items in sequences.values() for title in items}))
+    return Dataset(sequences, sorted({title for items in sequences.values() for title in items}))
 
 
 def load_ml_100k(inter, item):
@@ -385,7 +385,7 @@ def from_examples(given):
     for example in sum(given.values(), []):
         items.update(example.history, [example.positive], example.negatives)
         sequences.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
-    return Dataset("", "", {user: list(touched) for user, touched in sequences.items()}, sorted(items), given)
+    return Dataset({user: list(touched) for user, touched in sequences.items()}, sorted(items), given)
 
 
 def load_paper(name):

@@ -30,6 +30,11 @@ class Batch:
     paths: torch.Tensor       # (N, R, L) int64, each response's edges; E where there is none
     lengths: torch.Tensor     # (N, R) int64, tokens in each response; 0 where an example has fewer than R
 
+    @property
+    def nodes(self):
+        """How many of the B T places are no padding: a tree's root is at position 0, as is padding."""
+        return int((self.positions > 0).sum()) + len(self.ids)
+
     def to(self, device):
         """The same batch on another device."""
         return Batch(*(value.to(device) for value in vars(self).values()))
@@ -153,7 +158,8 @@ def response_logps(model, batch, past=None):
     """
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
-    # embedding(sources, hidden) is hidden[sources] whose gradient is always summed in the same order, bit for bit
+    # A node's gradient is the sum over what is predicted from it. embedding(sources, hidden) is hidden[sources], but sums
+    # it in one order, bit for bit; indexing as below would sum so large a gradient in parallel, in any order
     chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended

@@ -37,7 +37,7 @@ import dmpo
 import lora
 import model as llama
 
-TOKENS = 2048  # nodes in one pass, with or without gradients: large matrix products, yet activations that fit memory
+NODES = 2048  # nodes in one pass, with or without gradients: large matrix products, yet activations that fit memory
 BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 
@@ -45,29 +45,29 @@ BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 
 @torch.no_grad()
-def log_probabilities(model, shots, tokens=TOKENS, title=""):
+def log_probabilities(model, shots, budget=NODES, desc=""):
     """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
     fewer candidates than another. A shot is a list of examples (prompt ids, [response ids, ..]) that share a tree."""
     device, (me, processes) = model.head.device, world()
     starts = np.cumsum([0, *map(len, shots)])
     width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
-    with tqdm(total=len(shots), desc=title, unit="tree", disable=None if me == 0 else True, leave=False) as bar:
-        for number, group in enumerate(dmpo.group(shots, tokens)):
+    with tqdm(total=len(shots), desc=desc, unit="tree", disable=None if me == 0 else True, leave=False) as bar:
+        for number, group in enumerate(dmpo.group(shots, budget)):
             if number % processes == me:
                 found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
                 where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
                 logps[where, :found.shape[1]] = found.double()
             bar.update(len(group))
-    if not add_up(logps).isfinite().all():
-        raise ValueError(f"{title or 'the model'}: its log-probabilities are not finite: the weights are broken")
+    if not all_reduce(logps).isfinite().all():
+        raise ValueError(f"{desc or 'the model'}: its log-probabilities are not finite: the weights are broken")
     return logps
 
 
-def score(model, examples, tokens=TOKENS, title=""):
+def score(model, examples, budget=NODES, desc=""):
     """Log-probability of each response -> (users, candidates) array, the positives in column 0; -inf where there is no
     candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
-    logps = log_probabilities(model, [[example] for example in examples], tokens, title).cpu().numpy()
+    logps = log_probabilities(model, [[example] for example in examples], budget, desc).cpu().numpy()
     for row, (_, responses) in zip(logps, examples):
         row[len(responses):] = -np.inf
     return logps
@@ -94,7 +94,7 @@ def score_catalogue(model, tokenizer, dataset, catalogue, history):
     return scores
 
 
-def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
+def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
 
     No title is likelier than its own beginning: only those whose first BEGINNING tokens are as likely as the whole
@@ -104,10 +104,10 @@ def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
     beginnings = tries(model, [response[:BEGINNING] for response in whole])
     where = {item: i for i, item in enumerate(dataset.items)}
     alone = encode(model, tokenizer, dataset, [replace(example, negatives=[]) for example in examples])
-    least = score(model, alone, title=title)[:, 0] - 0.5
+    least = score(model, alone, desc=desc)[:, 0] - 0.5
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
-    for u in tqdm(range(me, len(examples), processes), desc=title, unit="user", disable=None if me == 0 else True,
+    for u in tqdm(range(me, len(examples), processes), desc=desc, unit="user", disable=None if me == 0 else True,
                   leave=False):
         bounds = score_catalogue(model, tokenizer, dataset, beginnings, examples[u].history)
         bounds[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
@@ -115,7 +115,7 @@ def catalogue_ranks(model, tokenizer, dataset, examples, title=""):
         scores = score_catalogue(model, tokenizer, dataset, tries(model, [whole[i] for i in rivals]),
                                  examples[u].history)
         result[u] = (scores >= scores[0]).sum()  # itself included
-    return add_up(result.to(model.head.device)).cpu().numpy()
+    return all_reduce(result.to(model.head.device)).cpu().numpy()
 
 
 def ranks(scores):
@@ -431,16 +431,16 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def add_up(tensor):
+def all_reduce(tensor):
     """The sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def wait(device):
+def barrier(device):
     """Wait until all processes have come to this point."""
-    add_up(torch.zeros(1, device=device))
+    all_reduce(torch.zeros(1, device=device))
 
 
 def choose_device(name, dtype):
@@ -465,7 +465,7 @@ def choose_device(name, dtype):
             sys.stdout = open(os.devnull, "w")
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    rates = add_up(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
+    rates = all_reduce(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
     return device, torch.bfloat16 if rates[1] > 2 * rates[0] else torch.float32  # no close call: it falls alike each time
 
 
@@ -490,8 +490,7 @@ def operations(model, batch):
     for each weight of the vocabulary projection and predicting node.
     """
     c = model.config
-    nodes = int((batch.positions > 0).sum()) + len(batch.ids)  # a tree's root is at position 0, as is padding
-    pairs = int(batch.mask.sum()) - batch.ids.numel() + nodes
+    nodes, pairs = batch.nodes, int(batch.mask.sum()) - batch.ids.numel() + batch.nodes  # padding attends to itself
     attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
     weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
     return (2 * nodes * weights + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
@@ -507,11 +506,12 @@ def peak_memory(device):
 
 def open_all(args, model_name, device, dtype):
     """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
-    me, processes = world()
-    for others in (False, True):
-        if (me > 0) == others:
-            dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
-        wait(device)
+    me, _ = world()
+    if me:
+        barrier(device)
+    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
+    if not me:
+        barrier(device)
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
@@ -584,9 +584,9 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     args: candidates (None: the data's own, else 20), prompt, users, seed, split, baselines; as parse() describes them.
     """
     examples = examples_asked_for(dataset, args)
-    tokens = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
+    encoded = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
-    count = len(dataset.items) if whole else max(len(responses) for _, responses in tokens)
+    count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
     ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: the row it is compared with}
     sft, seen = "base", set()              # the latest SFT row's name; the (shots, seed, moments) that adapters were shown
     for name, folder, saved in [("base", None, {}), *adapters]:
@@ -598,7 +598,7 @@ def evaluate(model, tokenizer, dataset, adapters, args):
         compared.setdefault(name, "base" if saved.get("stage") == "sft" or saved.get("init") == "base" else sft)
         sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
-                else ranks(score(model, tokens, title=name)))
+                else ranks(score(model, encoded, desc=name)))
         ranked.setdefault(name, []).append(rank)
     if args.baselines:
         traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]

@@ -2,7 +2,7 @@
 
 Notable:
 - `forward` takes explicit positions and an explicit mask, which is all that a tree of tokens needs (see dmpo.py).
-- It returns hidden states, not logits: only a few positions ever meet the vocabulary (`head`; see dmpo.py).
+- It returns hidden states, not logits: only where a response token is predicted are they needed (see dmpo.py).
 - Parameter names are Hugging Face's, so `load_state_dict(strict=True)` is the whole loader.
 - Shapes: B rows, T new tokens, S tokens attended to (past and new), D model width, V vocabulary,
   H query heads, G key/value heads (each serves H/G query heads), d width of a head.

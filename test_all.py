@@ -108,7 +108,7 @@ def toy_data(users=30, items=40, length=9):
     """Users who walk along a circle of titles: what comes next can be learnt."""
     titles = [f"Film {chr(65 + i % 26)}{i} ({1950 + i})" for i in range(items)]
     sequences = {str(u): [titles[(3 * u + i) % items] for i in range(length)] for u in range(users)}
-    return data.Dataset("toy", "Movies watched, in order:", sequences, sorted(titles))
+    return data.Dataset(sequences, sorted(titles), name="toy", heading="Movies watched, in order:")
 
 
 def random_examples(rng, count, shared=False, vocab=300):
@@ -432,7 +432,7 @@ def test_a_shot_of_several_moments_is_learnt_item_by_item():
         assert len({tuple(e.negatives) for e in shot}) == 4  # drawn anew for each
     learnt = [(e.user, e.positive) for shot in data.shots(dataset, 60, 0, 0, moments=4) for e in shot]
     assert len(set(learnt)) == len(learnt) == 30 * 6  # each training item but a user's first, once
-    long = data.Dataset("long", "", {"u": [f"f{i}" for i in range(40)]}, [f"f{i}" for i in range(50)])
+    long = data.Dataset({"u": [f"f{i}" for i in range(40)]}, [f"f{i}" for i in range(50)])
     (shot,) = data.shots(long, 1, 2, 0, moments=99)
     assert [len(e.history) for e in shot] == list(range(1, 11))  # all that the prompt lists, and none before
 
@@ -640,7 +640,7 @@ def test_ties_in_time_decide_what_is_last_in_ml_100k():
 def test_popular_negatives_come_as_often_as_they_occur():
     sequences = {f"u{i}": ["often", f"f{i % 5}", "seldom" if i == 0 else f"g{i % 7}", "x", "y"] for i in range(100)}
     sequences["me"] = ["a", "b", "c", "d", "e"]
-    dataset = data.Dataset("toy", "", sequences, sorted({item for items in sequences.values() for item in items}))
+    dataset = data.Dataset(sequences, sorted({item for items in sequences.values() for item in items}))
     drawn = [next(e.negatives[0] for (e,) in data.shots(dataset, 101, 1, seed, "popular") if e.user == "me")
              for seed in range(300)]
     assert 70 < drawn.count("often") < 130 and drawn.count("seldom") < 10  # 100 and 1 of 300 interactions
@@ -759,7 +759,7 @@ def test_moments_that_share_a_tree_equal_scoring_every_response_alone():
         rows.append(row)
     with torch.no_grad():
         close(dmpo.response_logps(model, dmpo.pack(rows)), one_by_one(model, sum(rows, [])), 1e-4)
-        close(evaluation.log_probabilities(model, rows, tokens=60), one_by_one(model, sum(rows, [])), 1e-4)
+        close(evaluation.log_probabilities(model, rows, budget=60), one_by_one(model, sum(rows, [])), 1e-4)
 
 
 def test_tree_gradients_equal_scoring_every_response_alone():
@@ -917,7 +917,7 @@ def test_differences_are_paired_and_several_runs_are_averaged():
 def test_scores_do_not_depend_on_how_users_are_grouped():
     dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
     examples = [data.tokenize(tokenizer, e, dataset.heading) for e in data.heldout(dataset, "test", 5, users=6)]
-    close(evaluation.score(model, examples, tokens=100), evaluation.score(model, examples, tokens=10000), 1e-5)
+    close(evaluation.score(model, examples, budget=100), evaluation.score(model, examples, budget=10000), 1e-5)
 
 
 def test_users_may_have_unlike_numbers_of_candidates():
@@ -1032,19 +1032,19 @@ def test_schedule_warms_up_and_ends_near_zero():
 
 def test_groups_give_the_gradient_of_the_whole_batch():
     a, b, c, *rest = ([example] for example in random_examples(random.Random(3), 6))
-    shots, before = [a + b, c, *rest], evaluation.TOKENS  # five, of unequal numbers of examples
+    shots, before = [a + b, c, *rest], evaluation.NODES  # five, of unequal numbers of examples
     for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5},
                      {"stage": "dmpo", "loss": "sdpo", "beta": 0.5}):
         gradients = []
         for budget in (10000, 1):
             torch.manual_seed(0)
             model = nonzero(lora.attach(tiny(), 4, 8))
-            evaluation.TOKENS = budget
+            evaluation.NODES = budget
             reference = torch.full((6, 3), -20.0).split([2, 1, 1, 1, 1])
             try:
                 stats = train.backward(model, shots, reference, settings)
             finally:
-                evaluation.TOKENS = before
+                evaluation.NODES = before
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         close(gradients[0], gradients[1], 1e-5)
         assert stats["loss"] > 0

@@ -186,18 +186,18 @@ def backward(model, shots, reference, settings):
     examples = sum(map(len, shots))
     tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
     shots, reference = shots[me::processes], reference and reference[me::processes]  # this process's part
-    for group in dmpo.group(shots, evaluation.TOKENS):
+    for group in dmpo.group(shots, evaluation.NODES):
         batch = dmpo.pack([shots[i] for i in group])
-        stats["tokens"] += int((batch.positions > 0).sum()) + len(group)
+        stats["tokens"] += batch.nodes
         stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
         batch = batch.to(model.head.device)
         policy = dmpo.response_logps(model, batch)  # (N, 1+k)
         if settings["stage"] == "sft":
             loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / tokens)
         else:
-            before, share = torch.cat([reference[i] for i in group]), len(policy) / examples
-            loss = dmpo.LOSSES[settings["loss"]](policy, before, settings["beta"]) * share
-            r = dmpo.rewards(policy.detach(), before, settings["beta"])
+            ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
+            loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
+            r = dmpo.rewards(policy.detach(), ref, settings["beta"])
             margin = r[:, 0] - r[:, 1:].mean(-1)
             stats["margin"] += margin.mean() * share
             stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
@@ -205,14 +205,14 @@ def backward(model, shots, reference, settings):
         stats["loss"] += loss.detach()
     add_up_gradients([p for p in model.parameters() if p.requires_grad])
     values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
-    return dict(zip(names, evaluation.add_up(values)))
+    return dict(zip(names, evaluation.all_reduce(values)))
 
 
 def add_up_gradients(parameters):
     """Sum the gradients over all processes, in one message."""
     if evaluation.world()[1] > 1:
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        for p, grad in zip(parameters, evaluation.add_up(flat).split([p.numel() for p in parameters])):
+        for p, grad in zip(parameters, evaluation.all_reduce(flat).split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
 
 
@@ -224,7 +224,7 @@ def prepare(model, tokenizer, dataset, settings):
                        settings["moments"])
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
         encoded = [evaluation.encode(model, tokenizer, dataset, shot) for shot in shots]
-        scores = evaluation.log_probabilities(model, encoded, title="hard negatives")[:, 1:]  # (N, 5k)
+        scores = evaluation.log_probabilities(model, encoded, desc="hard negatives")[:, 1:]  # (N, 5k)
         hardest = iter(scores.argsort(descending=True)[:, :k].tolist())
         shots = [[replace(example, negatives=[example.negatives[i] for i in next(hardest)]) for example in shot]
                  for shot in shots]
@@ -257,14 +257,14 @@ def train(model, tokenizer, dataset, settings, folder):
           "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
     reference = None
     if settings["stage"] == "dmpo":  # as long as the model is its own reference: no checkpoint is loaded yet
-        reference = evaluation.log_probabilities(model, shots, title="reference").float().split([*map(len, shots)])
+        reference = evaluation.log_probabilities(model, shots, desc="reference").float().split([*map(len, shots)])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(shots) / size)  # of one epoch
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     old, lines, saved = read_log(folder, done), [], time.perf_counter()
-    evaluation.wait(model.head.device)  # all have read the log
+    evaluation.barrier(model.head.device)  # all have read the log
     if main_process:
         lora.write_file(folder / "log.jsonl", "".join(line + "\n" for line in old).encode())
     with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
@@ -285,7 +285,7 @@ def train(model, tokenizer, dataset, settings, folder):
                 if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                     save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
                     saved = time.perf_counter()
-            rank = evaluation.ranks(evaluation.score(model, validation, title="validation")) if validation else []
+            rank = evaluation.ranks(evaluation.score(model, validation, desc="validation")) if validation else []
             ndcg = evaluation.measure(np.array(rank), 20)["NDCG@10"].mean() if validation else None
             lines.append({"step": epoch * steps, "epoch": epoch, "validation_ndcg@10": ndcg})
             log.write(json.dumps(lines[-1]) + "\n")
@@ -296,7 +296,7 @@ def train(model, tokenizer, dataset, settings, folder):
         evaluation.write_json(folder / "args.json", settings)
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
-    evaluation.wait(model.head.device)  # the others wait for the files
+    evaluation.barrier(model.head.device)  # the others wait for the files
     if steps_logged := [line for line in lines if "loss" in line]:  # none if only the end was missing
         report_speed(model, steps_logged)
 
@@ -336,7 +336,7 @@ def report_speed(model, lines):
     examples, tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
                               for key in ("examples_per_s", "tokens_per_s", "flops_per_s"))
     peak = torch.tensor(np.median([line["peak_flops_per_s"] for line in lines]), device=model.head.device)
-    peak = float(evaluation.add_up(peak))  # of all processes together, as is the rate
+    peak = float(evaluation.all_reduce(peak))  # of all processes together, as is the rate
     print(f"{examples:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
           f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
