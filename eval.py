@@ -444,7 +444,7 @@ def barrier(device):
 
 
 def choose_device(name, dtype):
-    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 where it multiplies twice as fast.
+    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 if that multiplies twice as fast.
 
     If torchrun started this process, it joins the others here; only the first of them goes on printing.
     """
@@ -465,8 +465,9 @@ def choose_device(name, dtype):
             sys.stdout = open(os.devnull, "w")
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    rates = all_reduce(torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device))
-    return device, torch.bfloat16 if rates[1] > 2 * rates[0] else torch.float32  # no close call: it falls alike each time
+    rates = torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device)
+    single, half = all_reduce(rates)
+    return device, torch.bfloat16 if half > 2 * single else torch.float32  # no close call: it falls alike each time
 
 
 def matmul_rate(device, dtype, seconds=0.2):
@@ -587,8 +588,8 @@ def evaluate(model, tokenizer, dataset, adapters, args):
     encoded = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
     whole = args.candidates == "all"
     count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
-    ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: the row it is compared with}
-    sft, seen = "base", set()              # the latest SFT row's name; the (shots, seed, moments) that adapters were shown
+    ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
+    sft, seen = "base", set()              # the latest SFT's name; the (shots, seed, moments) that adapters were shown
     for name, folder, saved in [("base", None, {}), *adapters]:
         lora.load(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
@@ -678,7 +679,7 @@ def add_machine_options(parser):
     """--device and --dtype, the same for train.py."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of the frozen weights (default: the type with the faster matrix products)")
+                        help="of the frozen weights (default: bfloat16 where it multiplies twice as fast)")
 
 
 def write_json(path, value):

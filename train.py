@@ -315,8 +315,7 @@ def step(model, optimizer, lr, shots, reference, picked, settings):
     optimizer.zero_grad()
     seconds = time.perf_counter() - began
     done = {"examples": sum(map(len, shots)), "tokens": stats.pop("tokens"), "flops": stats.pop("operations")}
-    return {**stats, "lr": lr, "seconds": seconds, **{f"{key}_per_s": value / seconds for key, value in done.items()},
-            "peak_flops_per_s": evaluation.matmul_rate(model.head.device, model.head.dtype, 0.01)}  # machines drift
+    return {**stats, "lr": lr, "seconds": seconds, **{f"{key}_per_s": value / seconds for key, value in done.items()}}
 
 
 def read_log(folder, done):
@@ -331,11 +330,11 @@ def read_log(folder, done):
 
 
 def report_speed(model, lines):
-    """Print these steps' speed, beside that of plain matrix products (measured after each step), and the memory."""
+    """Print these steps' speed, beside that of plain matrix products, measured now, and the memory."""
     seconds = sum(line["seconds"] for line in lines)
     examples, tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
                               for key in ("examples_per_s", "tokens_per_s", "flops_per_s"))
-    peak = torch.tensor(np.median([line["peak_flops_per_s"] for line in lines]), device=model.head.device)
+    peak = torch.tensor(evaluation.matmul_rate(model.head.device, model.head.dtype), device=model.head.device)
     peak = float(evaluation.all_reduce(peak))  # of all processes together, as is the rate
     print(f"{examples:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
@@ -358,8 +357,9 @@ def main():
     closing = argparse.Namespace(split="test", candidates=args.candidates, users=args.users, prompt=args.prompt, seed=0,
                                  baselines=False)  # what eval.py would take, whatever this run's seed
     evaluation.examples_asked_for(dataset, closing)  # likewise
+    stages = ["sft"] if args.stage == "sft" else ["sft", "dmpo"] if args.init == "sft" else ["dmpo"]
     adapters = []
-    for stage in ["sft"] * (args.stage == "sft" or args.init == "sft") + ["dmpo"] * (args.stage == "dmpo"):
+    for stage in stages:
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
         settings = {**stage_settings(args, stage), "dtype": str(dtype)[6:]}
         if stage == "sft" or args.init == "base":
@@ -367,7 +367,7 @@ def main():
             lora.attach(lora.detach(model), args.rank, 2 * args.rank)
         elif args.init != "sft":
             settings["rank"] = lora.load(model, args.init).lora_config["r"]
-        if stage == "dmpo":  # whatever it starts from is its reference
+        if stage == "dmpo":  # its reference is what the model carries now; with --init sft, what the round before left
             settings["reference"] = checksum({key: value.cpu() for key, value in lora.state(model).items()})
         if (folder / "adapter_model.safetensors").exists():
             saved, keys = llama.read_json(folder / "args.json"), settings if stage == args.stage else SHARED
