@@ -444,7 +444,7 @@ def barrier(device):
 
 
 def choose_device(name, dtype):
-    """--device and --dtype to torch's; "auto" takes a GPU if there is one, and bfloat16 if that multiplies twice as fast.
+    """--device and --dtype to torch's; "auto" takes a GPU if there is one, bfloat16 if that is twice as fast.
 
     If torchrun started this process, it joins the others here; only the first of them goes on printing.
     """
