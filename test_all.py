@@ -1082,7 +1082,6 @@ def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
         assert "sft -> runs/toy/sft" in out and "next: python eval.py" in out
         for stage, steps in (("sft", 3), ("dmpo", 24)):
             lines = [json.loads(line) for line in Path(f"runs/toy/{stage}/log.jsonl").read_text().splitlines()]
-            lines = [line for line in lines if "loss" in line]
             assert len(lines) == steps and all(np.isfinite(line["loss"]) for line in lines)
             assert {"step", "loss", "lr", "examples_per_s", "tokens_per_s"} <= set(lines[0])
         assert {"reward_accuracy", "margin"} <= set(lines[0])
@@ -1407,8 +1406,8 @@ def readers(folder):
     run.mkdir()
     train.backward(model, [[([1, 2], [[3, 4]])]], None, {"stage": "sft"})
     optimizer.step()
+    (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     train.save_checkpoint(run / "checkpoint.safetensors", model, optimizer, settings, 1)
-    (run / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(4)))
     (folder / "own.csv").write_text(CSV_HEADER + "".join(f"u{i % 3},{i},{i},Film {i}\n" for i in range(12)))
     (folder / "own.jsonl").write_text("".join(json.dumps(vars(example)) + "\n" for example in examples))
     wheel = folder / "no_such-1.0-py3-none-any.whl"
@@ -1432,7 +1431,6 @@ def readers(folder):
             adapter / "adapter_model.safetensors": lambda: lora.load(tiny(), adapter), adapter / "args.json": adapters,
             run / "checkpoint.safetensors": lambda: train.load_checkpoint(run / "checkpoint.safetensors", model,
                                                                           optimizer, settings),
-            run / "log.jsonl": lambda: train.read_log(run, 9),
             folder / "own.csv": lambda: data.load(f"{folder}/own.csv"),
             folder / "own.jsonl": lambda: data.load(f"{folder}/own.jsonl"),
             wheel: fetch}

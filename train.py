@@ -8,7 +8,6 @@ log-probabilities of the training trees are taken once, before the first step.
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -116,12 +115,13 @@ def save_checkpoint(path, model, optimizer, settings, steps):
     for i, averages in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    about = {"settings": settings, "steps": steps, "sha256": checksum(tensors)}
+    about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size,
+             "sha256": checksum(tensors)}
     lora.write_file(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
 
 
 def load_checkpoint(path, model, optimizer, settings):
-    """Set adapters and optimiser as they were -> steps done, 0 without a checkpoint; ValueError if it does not fit."""
+    """Set adapters, optimiser and log as they were -> steps done, 0 without a file; ValueError if it does not fit."""
     if not path.exists():
         return 0
     try:
@@ -130,7 +130,7 @@ def load_checkpoint(path, model, optimizer, settings):
             about = json.loads(file.metadata()["about"])
         if about["sha256"] != checksum(tensors):
             raise ValueError("its checksum is wrong")
-        saved, steps = about["settings"], int(about["steps"])
+        saved, steps, logged = about["settings"], int(about["steps"]), int(about["logged"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: a damaged checkpoint ({error}); delete it to start anew") from None
     require_same(path.parent, saved, settings, settings)
@@ -142,6 +142,8 @@ def load_checkpoint(path, model, optimizer, settings):
             _, i, name = key.split(".")
             state["state"].setdefault(int(i), {})[name] = tensors[key]
     optimizer.load_state_dict(state)
+    with open(path.parent / "log.jsonl", "ab") as log:
+        log.truncate(min(logged, log.tell()))  # the steps after the checkpoint are taken once more
     print(f"going on after step {steps}, from {path}")
     return steps
 
@@ -262,43 +264,38 @@ def train(model, tokenizer, dataset, settings, folder):
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(shots) / size)  # of one epoch
-    done = load_checkpoint(checkpoint, model, optimizer, settings)
-    old, lines, saved = read_log(folder, done), [], time.perf_counter()
-    evaluation.barrier(model.head.device)  # all have read the log
-    if main_process:
-        lora.write_file(folder / "log.jsonl", "".join(line + "\n" for line in old).encode())
-    with open(folder / "log.jsonl" if main_process else os.devnull, "a", encoding="utf-8") as log:
-        for epoch in range(1 + max(0, done - 1) // steps, epochs + 1):
+    done, lines, saved = load_checkpoint(checkpoint, model, optimizer, settings), [], time.perf_counter()
+    with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
+        bar = tqdm(range(done, epochs * steps), settings["stage"], epochs * steps, initial=done,
+                   disable=None if main_process else True)
+        for number in bar:
+            epoch, start = number // steps + 1, number % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
-            bar = tqdm(range(0, len(order), size), desc=f"{settings['stage']} epoch {epoch}/{epochs}",
-                       disable=None if main_process else True)
-            for number, start in enumerate(bar, (epoch - 1) * steps):
-                if number < done:
-                    continue
-                picked, lr = order[start:start + size], learning_rate(number, epochs * steps, settings["lr"])
-                line = step(model, optimizer, lr, shots, reference, picked, settings)
-                lines.append({"step": number, **line})
-                log.write(json.dumps(lines[-1]) + "\n")
-                log.flush()
-                bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "reward_accuracy", "margin",
-                                                                     "examples_per_s") if key in line})
-                if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                    save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
-                    saved = time.perf_counter()
-            rank = evaluation.ranks(evaluation.score(model, validation, desc="validation")) if validation else []
-            ndcg = evaluation.measure(np.array(rank), 20)["NDCG@10"].mean() if validation else None
-            lines.append({"step": epoch * steps, "epoch": epoch, "validation_ndcg@10": ndcg})
-            log.write(json.dumps(lines[-1]) + "\n")
-            losses = [line["loss"] for line in lines if "loss" in line and line["step"] >= (epoch - 1) * steps]
-            print(f"{settings['stage']} epoch {epoch}/{epochs}: loss {np.mean(losses or math.nan):.3f}"
-                  + (f", validation NDCG@10 {ndcg:.3f} ({len(validation)} users)" if validation else ""))
+            picked, lr = order[start:start + size], learning_rate(number, epochs * steps, settings["lr"])
+            line = {"step": number, **step(model, optimizer, lr, shots, reference, picked, settings)}
+            lines.append(line)
+            if (number + 1) % steps == 0:  # an epoch ends
+                loss = np.mean([one["loss"] for one in lines[-steps:]])
+                told = f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}"
+                if validation:
+                    rank = evaluation.ranks(evaluation.score(model, validation, desc="validation"))
+                    line["validation_ndcg@10"] = evaluation.measure(rank, 20)["NDCG@10"].mean()
+                    told += f", validation NDCG@10 {line['validation_ndcg@10']:.3f} ({len(validation)} users)"
+                bar.write(told)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "reward_accuracy", "margin", "examples_per_s")
+                             if key in line})
+            if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
+                saved = time.perf_counter()
     if main_process:
         evaluation.write_json(folder / "args.json", settings)
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
     evaluation.barrier(model.head.device)  # the others wait for the files
-    if steps_logged := [line for line in lines if "loss" in line]:  # none if only the end was missing
-        report_speed(model, steps_logged)
+    if lines:  # none if only the end was missing
+        report_speed(model, lines)
 
 
 def step(model, optimizer, lr, shots, reference, picked, settings):
@@ -316,17 +313,6 @@ def step(model, optimizer, lr, shots, reference, picked, settings):
     seconds = time.perf_counter() - began
     done = {"examples": sum(map(len, shots)), "tokens": stats.pop("tokens"), "flops": stats.pop("operations")}
     return {**stats, "lr": lr, "seconds": seconds, **{f"{key}_per_s": value / seconds for key, value in done.items()}}
-
-
-def read_log(folder, done):
-    """The lines that log.jsonl already has of the first `done` steps; one that was torn is left out."""
-    lines = []
-    if done and (folder / "log.jsonl").exists():
-        for text in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                line = json.loads(text)
-                lines += [text] * (line["step"] < done)
-    return lines
 
 
 def report_speed(model, lines):
@@ -365,10 +351,10 @@ def main():
         if stage == "sft" or args.init == "base":
             torch.manual_seed(args.seed)
             lora.attach(lora.detach(model), args.rank, 2 * args.rank)
-        elif args.init != "sft":
-            settings["rank"] = lora.load(model, args.init).lora_config["r"]
-        if stage == "dmpo":  # its reference is what the model carries now; with --init sft, what the round before left
-            settings["reference"] = checksum({key: value.cpu() for key, value in lora.state(model).items()})
+        else:  # what it starts from is its reference
+            start = Path(args.out) / "sft" if args.init == "sft" else Path(args.init)
+            settings["rank"] = lora.load(model, start).lora_config["r"]
+            settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")
         if (folder / "adapter_model.safetensors").exists():
             saved, keys = llama.read_json(folder / "args.json"), settings if stage == args.stage else SHARED
             require_same(folder, saved, settings, keys)
