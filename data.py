@@ -10,6 +10,7 @@ import csv
 import hashlib
 import html
 import http.client
+import itertools
 import json
 import math
 import os
@@ -77,23 +78,28 @@ def response(item):
 
 
 def tokenize(tokenizer, example, heading, choices_seed=None):
-    """Token ids of an example's prompt, and of each response as it reads after a prompt, the positive's first.
+    """Token ids of an example's prompt, and of each response, the positive's first.
 
-    With a `choices_seed`, the prompt lists the candidates, shuffled. A response encoded by itself can differ
-    (SentencePiece would put a space before it), so it is encoded behind a number and a full stop, which is how every
-    prompt ends, and theirs are taken off again. ValueError if that fails.
+    With a `choices_seed`, the prompt lists the candidates, shuffled.
     """
-    stub = tokenizer.encode("1.", add_special_tokens=False).ids
-    candidates, responses = [example.positive, *example.negatives], []
-    for item in candidates:
-        ids = tokenizer.encode("1." + response(item), add_special_tokens=False).ids
-        if ids[:len(stub)] != stub or len(ids) == len(stub):
-            raise ValueError(f"this tokenizer merges the end of the prompt with the title {item!r}: it cannot be used")
-        responses.append(ids[len(stub):])
+    candidates = [example.positive, *example.negatives]
+    responses = [tokenize_response(tokenizer, item) for item in candidates]
     if choices_seed is not None:
         random.Random(f"{choices_seed} choices {example.user} {example.history}").shuffle(candidates)
     text = prompt(example.history, heading, candidates if choices_seed is not None else ())
     return tokenizer.encode(text).ids, responses
+
+
+def tokenize_response(tokenizer, item):
+    """Token ids of a response as it reads after a prompt; ValueError if the tokenizer merges the two.
+
+    Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded behind a number and a
+    full stop, which is how every prompt ends, and theirs are taken off again.
+    """
+    stub, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("1.", "1." + response(item)))
+    if not stub or ids[:len(stub)] != stub or len(ids) == len(stub):
+        raise ValueError(f"this tokenizer drops or merges the end of the prompt before {item!r}: it cannot be used")
+    return ids[len(stub):]
 
 
 def load_tokenizer(folder):
@@ -113,18 +119,15 @@ def load_tokenizer(folder):
 
 def sample_negatives(pool, touched, count, seed, purpose, user):
     """`count` titles drawn from the list `pool`, none twice and none in `touched`; ValueError if there are too few."""
-    rng = random.Random(f"{seed} {purpose} {user}")
-    chosen = {}  # in order of drawing
+    rng, chosen = random.Random(f"{seed} {purpose} {user}"), {}  # in order of drawing
     for _ in range(100 * len(pool)):
         if len(chosen) == count:
-            break
-        item = pool[rng.randrange(len(pool))]
+            return list(chosen)
+        item = rng.choice(pool)
         if item not in touched:
             chosen[item] = None
-    if len(chosen) < count:
-        raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer "
-                         "(--negatives in training, --candidates in evaluation)")
-    return list(chosen)
+    raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer "
+                     "(--negatives in training, --candidates in evaluation)")
 
 
 def heldout(dataset, split, negatives, seed=0, users=None):
@@ -171,12 +174,15 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
         pool = pool if sample == "popular" else sorted(set(pool))
     elif sample == "popular":
         pool = [item for items in dataset.sequences.values() for item in items[:-2]]
-    result = []
     moments = min(moments, HISTORY)  # a shot shows no more; the next one begins so many items earlier, leaving none out
-    source = given_shots(dataset, seed) if dataset.given else sequence_shots(dataset, seed, moments)
-    for example, touched, purpose in source:
-        if len(result) == count:
-            return result
+    if dataset.given:
+        last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
+        last = random.Random(f"{seed} shots").sample(last, len(last))
+    else:
+        last = last_moments(dataset, seed, moments)
+    result = []
+    for example, purpose in itertools.islice(last, count):
+        touched = set(dataset.sequences[example.user])
         titles, shot = [*example.history[-HISTORY:], example.positive], []
         for end in range(max(1, len(titles) - moments), len(titles)):
             latest = end == len(titles) - 1
@@ -191,15 +197,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     return result
 
 
-def given_shots(dataset, seed):
-    """The data's own training examples, shuffled: (Example, titles its user touched, what a draw is for)."""
-    numbered = list(enumerate(dataset.given["train"]))
-    for number, example in random.Random(f"{seed} shots").sample(numbered, len(numbered)):
-        yield example, set(dataset.sequences[example.user]), f"train {number}"
-
-
-def sequence_shots(dataset, seed, step):
-    """Each user's latest training item, then each user's `step`th before it, and so on: as given_shots."""
+def last_moments(dataset, seed, step):
+    """Each user's latest training item, then each user's `step`th before it, ..: (Example, what its draw is for)."""
     users = sorted(dataset.sequences)
     random.Random(f"{seed} shots").shuffle(users)
     for back in range(0, max(map(len, dataset.sequences.values()), default=0), step):
@@ -207,7 +206,7 @@ def sequence_shots(dataset, seed, step):
             items = dataset.sequences[user]
             position = len(items) - 3 - back  # before the validation and the test item
             if position >= 1:  # something stands before it
-                yield (Example(user, items[max(0, position - HISTORY):position], items[position], []), set(items),
+                yield (Example(user, items[max(0, position - HISTORY):position], items[position], []),
                        f"train {back}" if back else "train")
 
 
@@ -267,10 +266,10 @@ def from_events(events):
 
 def load_ml_100k(inter, item):
     """MovieLens-100K as RecBole ships it: tab-separated, a header line that names each column and its type."""
-    titles = {film: articles_first(f"{title} ({year})" if year else title) for _, film, title, year
-              in read_table(item, ["item_id", "movie_title", "release_year"], quoting=csv.QUOTE_NONE)}
-    ratings = read_table(inter, ["user_id", "item_id", "timestamp"], quoting=csv.QUOTE_NONE)
-    return from_events((user, float(time), titles[film]) for _, user, film, time in ratings)
+    titles = dict(read_table(item, ["item_id", "movie_title", "release_year"], lambda film, title, year: (
+        film, articles_first(f"{title} ({year})" if year else title)), quoting=csv.QUOTE_NONE))
+    return from_events(read_table(inter, ["user_id", "item_id", "timestamp"], lambda user, film, time: (
+        user, float(time), titles[film]), quoting=csv.QUOTE_NONE))
 
 
 def load_ml_1m(archive):
@@ -289,49 +288,37 @@ def load_interactions(path):
 
     The item's id only says that rows belong together: an id with two titles is refused.
     """
-    titles, names, delimiter = {}, {}, "\t" if Path(path).suffix == ".tsv" else ","
+    titles = {}
 
-    def events():
-        for line, user, item, time, title in read_table(path, ["user", "item", "timestamp", "title"], delimiter):
-            title = one_line(title)
-            if not user or not title:
-                raise ValueError(f"{path}: line {line} has no {'title' if user else 'user'}")
-            if titles.setdefault(item, title) != title:
-                raise ValueError(f"{path}: line {line} calls item {item[:40]!r} {title[:60]!r}, but an earlier line "
-                                 f"{titles[item][:60]!r}")
-            yield names.setdefault(user, user), as_number(time, path, line), titles[item]  # one copy of each text
+    def event(user, item, time, title):
+        title = one_line(title)
+        if not user or not title:
+            raise ValueError(f"there is no {'title' if user else 'user'}")
+        if titles.setdefault(item, title) != title:
+            raise ValueError(f"item {item[:40]!r} is {title[:60]!r} here, but {titles[item][:60]!r} on an earlier line")
+        if not math.isfinite(float(time)):
+            raise ValueError(f"{time!r} is not a number")
+        return sys.intern(user), float(time), titles[item]  # one copy of each text
 
-    return from_events(events())
-
-
-def as_number(text, path, line):
-    """float(text); ValueError that names file and line where it is no finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{path}: line {line}: {text[:40]!r} is not a number")
-    return value
+    delimiter = "\t" if Path(path).suffix == ".tsv" else ","
+    return from_events(read_table(path, ["user", "item", "timestamp", "title"], event, delimiter))
 
 
-def read_table(path, columns, delimiter="\t", quoting=csv.QUOTE_MINIMAL):
-    """(line number, the named columns' cells ..) of each row; ValueError with the line number for a bad row."""
+def read_table(path, columns, read, delimiter="\t", quoting=csv.QUOTE_MINIMAL):
+    """What `read` makes of the named columns' cells, row by row; ValueError with the line number for a bad row."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = [name.split(":")[0].strip() for name in next(rows, [])]  # RecBole's names go on with a type
             if missing := [name for name in columns if name not in header]:
-                raise ValueError(f"{path}: line 1 names no column {', '.join(missing)}")
+                raise ValueError(f"no column is called {', '.join(missing)}")
             where = [header.index(name) for name in columns]
             for cells in filter(None, rows):  # all but the empty lines
                 if len(cells) != len(header):
-                    raise ValueError(f"{path}: line {rows.line_num} has {len(cells)} columns, not {len(header)}")
-                yield rows.line_num, *(cells[i] for i in where)
-        except csv.Error as error:
+                    raise ValueError(f"{len(cells)} columns, not {len(header)}")
+                yield read(*(cells[i] for i in where))
+        except (csv.Error, ValueError) as error:  # or what is no UTF-8, or what `read` found
             raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text, somewhere after line {rows.line_num}") from None
 
 
 def load_examples(path):
@@ -340,13 +327,13 @@ def load_examples(path):
     Without any "split" ("train", "validation" or "test"), a tenth of the users each is held out for the latter two.
     """
     rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for line, text in enumerate(file, 1):
+    with open(path, "rb") as file:
+        for line, text in enumerate(file, 1):
+            try:
                 if text.strip():
-                    rows.append(read_example(text, f"{path}: line {line}", line))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 text") from None
+                    rows.append(read_example(json.loads(text), line))
+            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or not such an object
+                raise ValueError(f"{path}: line {line}: {error}") from None
     if not any(split for _, split in rows):
         users = sorted({example.user for example, _ in rows})
         random.Random("split").shuffle(users)
@@ -358,24 +345,20 @@ def load_examples(path):
                           for name in ("train", "validation", "test")})
 
 
-def read_example(text, where, line):
+def read_example(row, line):
     """One line of load_examples -> (Example, split or None)."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
     row = row if isinstance(row, dict) else {}
     history, positive, negatives = row.get("history"), row.get("positive"), row.get("negatives", [])
     if not isinstance(history, list) or not isinstance(negatives, list) or not history or not all(
             isinstance(title, str) and one_line(title) for title in [positive, *history, *negatives]):
-        raise ValueError(f'{where}: must be {{"history": [..], "positive": "..", "negatives": [..]}}, all titles')
+        raise ValueError('must be {"history": [..], "positive": "..", "negatives": [..]}, all titles')
     positive, *titles = map(one_line, [positive, *history, *negatives])
     history, negatives = titles[:len(history)], titles[len(history):]
     if positive in negatives or len(set(negatives)) < len(negatives):
-        raise ValueError(f"{where}: a negative stands twice or is the positive")
+        raise ValueError("a negative stands twice or is the positive")
     user, split = row.get("user", f"line {line}"), row.get("split")
     if type(user) not in (str, int) or split not in (None, "train", "validation", "test"):
-        raise ValueError(f"{where}: user must be text or an integer, and split train, validation or test")
+        raise ValueError("user must be text or an integer, and split train, validation or test")
     return Example(str(user), history, positive, negatives), split
 
 
@@ -526,49 +509,42 @@ def find_model(name):
         raise OSError(f"--model {name}: no such folder, and the hub gave none ({reason})") from None
 
 
-def read_gguf(path):
-    """A GGUF file's metadata, and its tensors as float32 arrays (an iterator of (name, array)).
+Q8_0 = np.dtype([("scale", "<f2", (1,)), ("bytes", "i1", 32)])  # blocks of 32 weights
+Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])  # the first 16 in the low halves
 
-    F32 is stored as such; Q8_0 and Q4_1 in blocks of 32 weights, a block being a scale, for Q4_1 a minimum,
-    and 32 signed bytes or 32 half bytes (the first 16 weights in the low halves).
-    """
-    raw = np.memmap(path, mode="r")
-    at = 8  # behind "GGUF" and the format's version, 3
 
-    def take(kind, count=None):
-        nonlocal at
-        size = struct.calcsize("<" + kind) * (1 if count is None else count)
-        chunk, at = raw[at:at + size], at + size
-        return struct.unpack("<" + kind, chunk.tobytes())[0] if count is None else chunk.view("<" + kind)
+def read_gguf(file):
+    """A GGUF file's metadata, and its tensors in bfloat16 by name."""
+    def take(kind):
+        return struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0]
 
     def value(kind):  # of the format's thirteen types: 8 is text, 9 an array, the others numbers for struct
         if kind == 8:
-            return bytes(take("B", take("Q"))).decode("utf-8")
+            return file.read(take("Q")).decode("utf-8")
         if kind == 9:
             of, count = take("I"), take("Q")
             return [value(of) for _ in range(count)]
         return take("BbHhIif?__Qqd"[kind])
 
-    def tensors(table, start):
-        nonlocal at
-        for name, shape, kind, offset in table:
-            at, count = start + offset, int(np.prod(shape))
-            if kind == 0:
-                values = take("f", count).copy()
-            elif kind == 8:
-                blocks = take("B", count // 32 * 34).reshape(-1, 34)
-                scale = blocks[:, :2].copy().view("<f2").astype("f")  # (blocks, 1)
-                values = scale * blocks[:, 2:].view("i1")
-            else:  # 3: Q4_1
-                blocks = take("B", count // 32 * 20).reshape(-1, 20)
-                scale, low = blocks[:, :4].copy().view("<f2").astype("f").T[:, :, None]  # (blocks, 1) each
-                values = scale * np.concatenate((blocks[:, 4:] & 15, blocks[:, 4:] >> 4), axis=1) + low
-            yield name, values.reshape(shape)
-
+    file.seek(8)  # behind "GGUF" and the format's version, 3
     tensor_count, pairs = take("Q"), take("Q")
     meta = {value(8): value(take("I")) for _ in range(pairs)}
     table = [(value(8), [take("Q") for _ in range(take("I"))][::-1], take("I"), take("Q")) for _ in range(tensor_count)]
-    return meta, tensors(table, at + -at % meta.get("general.alignment", 32))
+    start, weights = file.tell() + -file.tell() % meta.get("general.alignment", 32), {}
+    for name, shape, kind, offset in table:
+        file.seek(start + offset)
+        count = math.prod(shape)
+        if kind == 0:
+            values = np.fromfile(file, "<f4", count)
+        elif kind == 8:
+            blocks = np.fromfile(file, Q8_0, count // 32)
+            values = blocks["scale"].astype("f") * blocks["bytes"]
+        else:  # 3: Q4_1
+            blocks = np.fromfile(file, Q4_1, count // 32)
+            halves = np.hstack((blocks["bytes"] & 15, blocks["bytes"] >> 4))
+            values = blocks["scale"].astype("f") * halves + blocks["low"].astype("f")
+        weights[name] = torch.from_numpy(values.reshape(shape)).bfloat16()
+    return meta, weights
 
 
 GGUF_NAMES = {
@@ -581,16 +557,17 @@ GGUF_NAMES = {
 
 def convert_gguf(path, folder):
     """Write a tied-embedding LLaMA in GGUF as a Hugging Face folder: bf16 safetensors, config, tokenizer."""
-    meta, tensors = read_gguf(path)
+    with open(path, "rb") as file:
+        meta, tensors = read_gguf(file)
     get = lambda key: meta[f"llama.{key}"]
     heads = {"attn_q": get("attention.head_count"), "attn_k": get("attention.head_count_kv")}
     weights = {}
-    for name, array in tensors:
+    for name, weight in tensors.items():
         *block, part, _ = name.split(".")  # blk.0.attn_q.weight
         if part in heads:  # GGUF interleaves each head's two halves, whose rows (i, i + d/2) are rotated as a pair
-            array = array.reshape(heads[part], -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+            weight = weight.view(heads[part], -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
         prefix = f"model.layers.{block[1]}." if block else "model."
-        weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = torch.from_numpy(np.ascontiguousarray(array)).bfloat16()
+        weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = weight
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
         "vocab_size": get("vocab_size"), "hidden_size": get("embedding_length"),

@@ -28,7 +28,6 @@ class Batch:
     sources: torch.Tensor     # (E,) int64, which of those P an edge starts from
     targets: torch.Tensor     # (E,) int64, the token that it predicts
     paths: torch.Tensor       # (N, R, L) int64, each response's edges; E where there is none
-    lengths: torch.Tensor     # (N, R) int64, tokens in each response; 0 where an example has fewer than R
 
     @property
     def nodes(self):
@@ -92,21 +91,15 @@ def group(shots, budget):
 
 
 def pack(shots):
-    """Shots, lists of examples as `tree` takes them, to a Batch of a tree each.
-
-    ValueError for an empty prompt or response.
-    """
+    """Shots, lists of examples as `tree` takes them, to a Batch of a tree each."""
     examples = [example for shot in shots for example in shot]
-    if any(not prompt or not all(responses) for prompt, responses in examples):
-        raise ValueError("a prompt or a response has no tokens")
     trees = [tree(shot) for shot in shots]
     B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
     N, R = len(examples), max(len(responses) for _, responses in examples)
     L, E = max(len(r) for _, responses in examples for r in responses), sum(len(edges) for _, _, edges, _ in trees)
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
     mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
-    paths, lengths = torch.full((N, R, L), E), torch.zeros(N, R, dtype=torch.long)
-    nodes, targets, n = [], [], 0
+    paths, nodes, targets, n = torch.full((N, R, L), E), [], [], 0
     for b, (tokens, parents, edges, by_example) in enumerate(trees):
         ids[b, :len(tokens)] = torch.tensor(tokens)
         for node, parent in enumerate(parents):
@@ -116,12 +109,11 @@ def pack(shots):
         for example_paths in by_example:
             for r, path in enumerate(example_paths):
                 paths[n, r, :len(path)] = torch.tensor(path) + len(targets)
-                lengths[n, r] = len(path)
             n += 1
         nodes += [b * T + node for node, _ in edges]
         targets += [token for _, token in edges]
     predicting, sources = torch.tensor(nodes).unique(return_inverse=True)
-    return Batch(ids, positions, mask, predicting, sources, torch.tensor(targets), paths, lengths)
+    return Batch(ids, positions, mask, predicting, sources, torch.tensor(targets), paths)
 
 
 class LogSumExp(torch.autograd.Function):
@@ -194,6 +186,7 @@ def catalogue_logps(model, prompt, catalogue):
         model(torch.tensor([prompt[:-1]], device=device), past=past)
     logps = torch.empty(sum(len(part) for _, parts in catalogue for part in parts), device=device)
     for batch, parts in catalogue:
+        batch = batch.to(device)
         ids = batch.ids.clone()
         ids[:, 0] = prompt[-1]
         mask = F.pad(batch.mask, (seen, 0), value=True)  # (rows, T, seen + T)
@@ -207,9 +200,9 @@ def catalogue_logps(model, prompt, catalogue):
 # The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's
 
 
-def sft_loss(logps, lengths):
-    """-mean over the positives' tokens of log π(token | ..): logps and lengths (N, R), only column 0 counts."""
-    return -logps[:, 0].sum() / lengths[:, 0].sum()
+def sft_loss(logps, tokens):
+    """-mean over the positives' tokens, so many in a step, of log π(token | ..): logps (N, R), only column 0 counts."""
+    return -logps[:, 0].sum() / tokens
 
 
 def rewards(policy, reference, beta):

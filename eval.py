@@ -45,49 +45,35 @@ BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 
 @torch.no_grad()
-def log_probabilities(model, shots, budget=NODES, desc=""):
+def log_probabilities(model, shots, desc=""):
     """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
     fewer candidates than another. A shot is a list of examples (prompt ids, [response ids, ..]) that share a tree."""
     device, (me, processes) = model.head.device, world()
     starts = np.cumsum([0, *map(len, shots)])
     width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
-    with tqdm(total=len(shots), desc=desc, unit="tree", disable=None if me == 0 else True, leave=False) as bar:
-        for number, group in enumerate(dmpo.group(shots, budget)):
-            if number % processes == me:
-                found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
-                where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
-                logps[where, :found.shape[1]] = found.double()
-            bar.update(len(group))
+    groups = dmpo.group(shots, NODES)[me::processes]  # this process's part
+    for group in tqdm(groups, desc, leave=False, disable=None if me == 0 else True):
+        found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
+        where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
+        logps[where, :found.shape[1]] = found.double()
     if not all_reduce(logps).isfinite().all():
         raise ValueError(f"{desc or 'the model'}: its log-probabilities are not finite: the weights are broken")
     return logps
 
 
-def score(model, examples, budget=NODES, desc=""):
+def score(model, examples, desc=""):
     """Log-probability of each response -> (users, candidates) array, the positives in column 0; -inf where there is no
     candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
-    logps = log_probabilities(model, [[example] for example in examples], budget, desc).cpu().numpy()
+    logps = log_probabilities(model, [[example] for example in examples], desc).cpu().numpy()
     for row, (_, responses) in zip(logps, examples):
         row[len(responses):] = -np.inf
     return logps
 
 
-def all_titles(tokenizer, dataset):
-    """The token ids of every title as a response, in the order of dataset.items."""
-    return data.tokenize(tokenizer, data.Example("", [], dataset.items[0], dataset.items[1:]), dataset.heading)[1]
-
-
-def tries(model, responses):
-    """Responses as dmpo.catalogue_logps takes them, on the model's device."""
-    return [(batch.to(model.head.device), parts) for batch, parts in dmpo.pack_catalogue(responses)]
-
-
 @torch.no_grad()
-def score_catalogue(model, tokenizer, dataset, catalogue, history):
-    """Log-probability of each of a catalogue's responses after one history -> (responses,) float64 array."""
-    prompt = tokenizer.encode(data.prompt(history, dataset.heading)).ids
-    check_length(model, "of this history", len(prompt) + max(int(batch.lengths.max()) for batch, _ in catalogue))
+def score_catalogue(model, prompt, catalogue):
+    """Log-probability of each of a catalogue's responses after one prompt -> (responses,) float64 array."""
     scores = dmpo.catalogue_logps(model, prompt, catalogue).double().cpu().numpy()
     if not np.isfinite(scores).all():
         raise ValueError("the model's log-probabilities are not finite: the weights are broken")
@@ -100,20 +86,20 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     No title is likelier than its own beginning: only those whose first BEGINNING tokens are as likely as the whole
     positive, or nearly (bfloat16 rounds), need be scored to their end.
     """
-    whole = all_titles(tokenizer, dataset)
-    beginnings = tries(model, [response[:BEGINNING] for response in whole])
+    whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
+    beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
     where = {item: i for i, item in enumerate(dataset.items)}
-    alone = encode(model, tokenizer, dataset, [replace(example, negatives=[]) for example in examples])
-    least = score(model, alone, desc=desc)[:, 0] - 0.5
+    tokens = encode(model, tokenizer, dataset, examples)
+    least = score(model, tokens, desc=desc)[:, 0] - 0.5
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
-    for u in tqdm(range(me, len(examples), processes), desc=desc, unit="user", disable=None if me == 0 else True,
-                  leave=False):
-        bounds = score_catalogue(model, tokenizer, dataset, beginnings, examples[u].history)
+    mine = range(me, len(examples), processes)
+    for u in tqdm(mine, desc, leave=False, disable=None if me == 0 else True):
+        prompt = tokens[u][0]
+        bounds = score_catalogue(model, prompt, beginnings)
         bounds[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
         rivals = [where[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
-        scores = score_catalogue(model, tokenizer, dataset, tries(model, [whole[i] for i in rivals]),
-                                 examples[u].history)
+        scores = score_catalogue(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals]))
         result[u] = (scores >= scores[0]).sum()  # itself included
     return all_reduce(result.to(model.head.device)).cpu().numpy()
 
@@ -220,9 +206,9 @@ class SASRec(nn.Module):
         nn.init.normal_(self.places.weight, std=0.02)
 
     def forward(self, ids):
-        """ids (B, length), padded on the right -> logits (B, length, items) of what comes next."""
-        x = self.dropout(self.items(ids) + self.places.weight)  # (B, length, width)
-        causal = nn.Transformer.generate_square_subsequent_mask(self.length, device=ids.device)
+        """ids (B, T), padded on the right, T <= length -> logits (B, T, items) of what comes next."""
+        x = self.dropout(self.items(ids) + self.places.weight[:ids.shape[1]])  # (B, T, width)
+        causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
         return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
 
 
@@ -240,8 +226,8 @@ def fit_sasrec(sequences, items, epochs=60, seed=0):
             start = rng.randint(0, max(0, len(sequence) - len(row)))
             window = sequence[start:start + len(row)]
             row[:len(window)] = torch.tensor(window)
-        targets = ids[:, 1:].masked_fill(ids[:, 1:] == items, -100)  # (B, length), padding is ignored
-        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), targets.flatten())
+        logits = model(ids[:, :-1]).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=items)  # which is padding
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -251,10 +237,7 @@ def fit_sasrec(sequences, items, epochs=60, seed=0):
 
     @torch.no_grad()
     def scores(history):
-        ids = torch.full((1, model.length), items)
-        latest = history[-model.length:]
-        ids[0, :len(latest)] = torch.tensor(latest)
-        return model(ids)[0, len(latest) - 1].numpy()
+        return model(torch.tensor([history[-model.length:]]))[0, -1].numpy()
     return scores
 
 
@@ -324,59 +307,35 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 
     adapters: [(name, folder or None, ..)]; each title's rank under every one of them is given.
     """
-    seen = set(history)
-    new, last = np.array([item not in seen for item in dataset.items]), adapters[-1][0]
-    titles, catalogue, scores = np.array(dataset.items)[new], tries(model, all_titles(tokenizer, dataset)), {}
+    seen, last, scores = set(history), adapters[-1][0], {}
+    titles = [item for item in dataset.items if item not in seen]
+    (prompt, responses), = encode(model, tokenizer, dataset, [data.Example("", history, titles[0], titles[1:])])
+    catalogue = dmpo.pack_catalogue(responses)
     for name, folder, *_ in adapters:
         lora.load(model, folder)
-        scores[name] = score_catalogue(model, tokenizer, dataset, catalogue, history)[new]
+        scores[name] = score_catalogue(model, prompt, catalogue)
     order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
     rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
 
     def row(i):
-        return {"title": str(titles[i]), "score": float(scores[last][i]), "held_out": titles[i] == positive,
+        return {"title": titles[i], "score": float(scores[last][i]), "held_out": titles[i] == positive,
                 "rank": {other: int(rank[other][i]) for other in scores}}
 
     return {"data": dataset.name, "history": history, "model": last, "titles": len(titles),
             "recommended": [row(i) for i in order[last][:top]],
-            "held_out": row(int(np.where(titles == positive)[0][0])) if positive else None}
+            "held_out": row(titles.index(positive)) if positive else None}
 
 
 def explain(model, tokenizer, dataset, history, titles):
-    """What each item of the history does for each title -> (titles, H) array.
+    """The titles' scores (titles,) after a history, and what each of its items does for each title (titles, H).
 
     It is exact: the title's log-odds after the history, less its log-odds after the history without that item.
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
-    shots = [[tokens] for tokens in encode(model, tokenizer, dataset, examples)]  # one large tree would be no faster
-    logps = log_probabilities(model, shots).cpu().numpy()  # (1 + H, titles)
-    odds = logps - np.log1p(-np.exp(logps))
-    return (odds[0] - odds[1:]).T
-
-
-def deletion_test(model, tokenizer, dataset, examples, removed=3, draws=5, seed=0):
-    """Do explanations mean something? The rank of each user's first title once its reasons are gone -> two (users,).
-
-    Of the example's candidates the title that ranks first is explained; the first array has its rank without the
-    `removed` history items that speak for it most, the second its mean rank without as many random ones. Users with
-    no more history than that are left out.
-    """
-    examples = [example for example in examples if len(example.history) > removed]
-    rng, reasons, chance = np.random.default_rng(seed), [], []
-    for example in tqdm(examples, desc="deletion test", unit="user", disable=None, leave=False):
-        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
-        tokens = encode(model, tokenizer, dataset, [example])
-        first = int(score(model, tokens)[0].argmax())
-        titles.insert(0, titles.pop(first))  # ranks() takes the first column's
-        effect = explain(model, tokenizer, dataset, history, titles[:1])[0]
-        gone = [np.argsort(-effect)[:removed], *(rng.permutation(len(history))[:removed] for _ in range(draws))]
-        left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
-                for out in gone]
-        rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
-        reasons.append(rank[0])
-        chance.append(rank[1:].mean())
-    return np.array(reasons, float), np.array(chance, float)
+    scores = score(model, encode(model, tokenizer, dataset, examples))  # (1 + H, titles)
+    odds = scores - np.log1p(-np.exp(scores))
+    return scores[0], (odds[0] - odds[1:]).T
 
 
 def cut(text, width):
@@ -492,8 +451,7 @@ def operations(model, batch):
     """
     c = model.config
     nodes, pairs = batch.nodes, int(batch.mask.sum()) - batch.ids.numel() + batch.nodes  # padding attends to itself
-    attention = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    weights = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    weights = sum(p.numel() for p in model.model.layers.parameters() if not p.requires_grad)
     return (2 * nodes * weights + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
             + 2 * len(batch.predicting) * c.vocab_size * c.hidden_size)
 
@@ -505,12 +463,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def open_all(args, model_name, device, dtype):
+def open_all(args):
     """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
+    device, dtype = choose_device(args.device, args.dtype)
     me, _ = world()
     if me:
         barrier(device)
-    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(model_name)
+    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(args.model)
     if not me:
         barrier(device)
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
@@ -520,18 +479,14 @@ def open_all(args, model_name, device, dtype):
     return dataset, model, tokenizer
 
 
-def check_length(model, whose, tokens):
-    """ValueError where a prompt and a title have more tokens than the model takes."""
-    if tokens > model.config.max_position_embeddings:
-        raise ValueError(f"the prompt {whose} and a title have {tokens} tokens, more than the "
-                         f"{model.config.max_position_embeddings} that the model takes")
-
-
 def encode(model, tokenizer, dataset, examples, choices_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
     result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
-        check_length(model, f"of user {example.user}", len(prompt) + max(map(len, responses)))
+        tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
+        if tokens > most:
+            raise ValueError(f"the prompt of user {example.user} and a title have {tokens} tokens, more than the "
+                             f"{most} that the model takes")
     return result
 
 
@@ -572,21 +527,13 @@ def inherit(adapters, key, default):
     return values.pop()
 
 
-def examples_asked_for(dataset, args):
-    """The examples that args (split, candidates, seed, users) ask for; with --candidates all, without negatives."""
-    negatives = 0 if args.candidates == "all" else args.candidates  # None, "given", or a number
-    negatives = negatives - 1 if isinstance(negatives, int) and negatives else negatives
-    return data.heldout(dataset, args.split, negatives, args.seed, args.users)
+def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0, prompt="history", baselines=False):
+    """Rank the examples' positives with the base model and each of [(name, folder, args.json)] -> a JSON-able report.
 
-
-def evaluate(model, tokenizer, dataset, adapters, args):
-    """Rank the held-out items with the base model and with each of [(name, folder, args.json)] -> a JSON-able report.
-
-    args: candidates (None: the data's own, else 20), prompt, users, seed, split, baselines; as parse() describes them.
+    Examples without negatives are ranked among all that their users have not touched.
     """
-    examples = examples_asked_for(dataset, args)
-    encoded = encode(model, tokenizer, dataset, examples, args.seed if args.prompt == "candidates" else None)
-    whole = args.candidates == "all"
+    encoded = encode(model, tokenizer, dataset, examples, seed if prompt == "candidates" else None)
+    whole = not examples[0].negatives
     count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
     ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
     sft, seen = "base", set()              # the latest SFT's name; the (shots, seed, moments) that adapters were shown
@@ -601,15 +548,15 @@ def evaluate(model, tokenizer, dataset, adapters, args):
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, encoded, desc=name)))
         ranked.setdefault(name, []).append(rank)
-    if args.baselines:
+    if baselines:
         traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]
         compared |= dict.fromkeys(traditional, last)
         ranked |= traditional
     label = {name: name if len(runs) == 1 else f"{name} x{len(runs)}" for name, runs in ranked.items()}
     rows = [(label[name], {key: values.mean(0) for key, values in measure(np.array(runs), count).items()},  # over runs
              label.get(compared[name])) for name, runs in ranked.items()]
-    return {"data": dataset.name, "split": args.split, "candidates": args.candidates or count, "users": len(examples),
-            "seed": args.seed, "rows": summarise(rows),
+    return {"data": dataset.name, "split": split, "candidates": "all" if whole else count, "users": len(examples),
+            "seed": seed, "rows": summarise(rows),
             "ranks": {label[name]: np.array(runs).tolist() for name, runs in ranked.items()}}
 
 
@@ -618,13 +565,13 @@ def parse():
     parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
-    add_data_options(parser, None)
+    add_shared_options(parser, None)
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
     parser.add_argument("--users", type=number(int, 1),
                         help="evaluate a random sample of so many users (default: all; --explain alone: 200)")
-    parser.add_argument("--candidates", type=candidates, metavar="N",
+    parser.add_argument("--candidates", type=candidates, dest="others", metavar="N",
                         help="rank the held-out item among so many, itself included; all: every item that the user "
                              "has not touched; given: those that the data bring (default: given if any, else 20)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
@@ -641,12 +588,11 @@ def parse():
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
-    add_machine_options(parser)
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
-    if args.candidates and (args.person or args.explain):
+    if args.others is not None and (args.person or args.explain):
         parser.error("--candidates is for tables: lists rank every title, and --explain tests the first of 20")
     return args
 
@@ -662,21 +608,17 @@ def number(kind, low, high=math.inf):
 
 
 def candidates(text):
-    """argparse type: "all", "given", or an integer of at least 2."""
-    return text if text in ("all", "given") else number(int, 2)(text)
+    """argparse type: how many others to rank the held-out item among, N - 1; 0 for "all"; or "given"."""
+    return {"all": 0, "given": "given"}[text] if text in ("all", "given") else number(int, 2)(text) - 1
 
 
-def add_data_options(parser, default):
-    """--data, --noun and --verb, the same for train.py."""
-    parser.add_argument("--data", default=default, type=os.path.normpath,
+def add_shared_options(parser, dataset):
+    """What open_all needs, --data to --dtype, the same for train.py; `dataset` is the default."""
+    parser.add_argument("--data", default=dataset, type=os.path.normpath,
                         help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
-                             f"(default: {default or 'that of the adapters'})")
+                             f"(default: {dataset or 'that of the adapters'})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
-
-
-def add_machine_options(parser):
-    """--device and --dtype, the same for train.py."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the frozen weights (default: bfloat16 where it multiplies twice as fast)")
@@ -696,10 +638,10 @@ def main():
         print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
     args.data = args.data or inherit(adapters, "data", "ml-100k")
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
-    if args.prompt == "candidates" and (args.candidates == "all" or args.person or args.explain):
+    if args.prompt == "candidates" and (args.others == 0 or args.person or args.explain):
         raise ValueError("a whole catalogue cannot be listed in a prompt: this needs --prompt history")
-    device, dtype = choose_device(args.device, args.dtype)
-    dataset, model, tokenizer = open_all(args, args.model or inherit(adapters, "model", "smollm2-135m"), device, dtype)
+    args.model = args.model or inherit(adapters, "model", "smollm2-135m")
+    dataset, model, tokenizer = open_all(args)
     if not args.noun and not args.verb:  # as the adapters of these data were told
         own = [adapter for adapter in adapters if adapter[2].get("data") == args.data]
         dataset = replace(dataset, heading=inherit(own, "heading", dataset.heading))
@@ -709,11 +651,14 @@ def main():
         report = check_explanations(model, tokenizer, dataset, adapters, args)
     else:
         began = time.perf_counter()
-        report = evaluate(model, tokenizer, dataset, adapters, args)
+        examples = data.heldout(dataset, args.split, args.others, args.seed, args.users)
+        report = evaluate(model, tokenizer, dataset, adapters, examples, args.split, args.seed, args.prompt,
+                          args.baselines)
         seconds = time.perf_counter() - began
         print_table(report)
         speed = "" if args.baselines else f"{report['users'] * (1 + len(adapters)) / seconds:.1f} users/s "
-        print(f"\n{speed}in {str(dtype)[6:]} on {device}; peak memory {peak_memory(device):.1f} GiB")
+        device, dtype = model.head.device, str(model.head.dtype)[6:]
+        print(f"\n{speed}in {dtype} on {device}; peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
         write_json(args.json, report)
 
@@ -729,7 +674,7 @@ def answer(model, tokenizer, dataset, adapters, args):
         return compare(model, tokenizer, dataset, named, latest, args.compare, width)
     report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
     if args.explain:
-        effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
+        _, effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
         for row, effect in zip(report["recommended"], effects):
             row["effects"] = dict(zip(latest, effect.tolist()))
     print_person(report, effects, width)
@@ -743,8 +688,7 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
         raise ValueError(f"--compare: both titles are {pair[0]!r}")
     for name, folder, *_ in adapters:
         lora.load(model, folder)
-        a, b = explain(model, tokenizer, dataset, history, pair)
-        scores = score(model, encode(model, tokenizer, dataset, [data.Example("", history, pair[0], pair[1:])]))[0]
+        scores, (a, b) = explain(model, tokenizer, dataset, history, pair)
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
         print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
                             "rather than the second:", width))
@@ -753,19 +697,36 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
 
 
 def check_explanations(model, tokenizer, dataset, adapters, args):
-    """--explain for nobody in particular: the deletion test on --users (200 unless given) with the last adapter."""
+    """--explain for nobody in particular, a deletion test: print and return whether such explanations mean something.
+
+    For each of --users (200 unless given): the rank, among 20, of the title that the last adapter ranks first, once the
+    3 history items that speak for it most are gone, and its mean rank without 3 random ones.
+    """
     if adapters:
         lora.load(model, adapters[-1][1])
-    examples = data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
-    reasons, chance = deletion_test(model, tokenizer, dataset, examples, seed=args.seed)
-    if not len(reasons):
+    examples = [example for example in data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
+                if len(example.history) > 3]
+    if not examples:
         raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
-    report = {"users": len(reasons), "rank_without_reasons": float(reasons.mean()),
+    rng, found = np.random.default_rng(args.seed), []
+    for example in tqdm(examples, "deletion test", disable=None, leave=False):
+        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
+        first = int(score(model, encode(model, tokenizer, dataset, [example]))[0].argmax())
+        titles.insert(0, titles.pop(first))  # ranks() takes the first column's
+        _, (effect,) = explain(model, tokenizer, dataset, history, titles[:1])
+        gone = [np.argsort(-effect)[:3], *(rng.permutation(len(history))[:3] for _ in range(5))]
+        left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
+                for out in gone]
+        rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
+        found.append((rank[0], rank[1:].mean()))
+    reasons, chance = np.array(found).T
+    low, high = interval(reasons - chance)
+    report = {"users": len(found), "rank_without_reasons": float(reasons.mean()),
               "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
-              "ci95": interval(reasons - chance)}
+              "ci95": [low, high]}
     print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
           f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
-          f"{report['ci95'][0]:+.2f} to {report['ci95'][1]:+.2f}; {len(reasons)} users)")
+          f"{low:+.2f} to {high:+.2f}; {len(found)} users)")
     return report
 
 

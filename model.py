@@ -73,18 +73,8 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attention_weights(q, k, bias):
-    """softmax(q kᵀ / √d + bias) for q (B, H, T, d), k (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, S).
-
-    Who wants to look at them finds them here, in a pass with gradients: the fused kernels keep theirs to themselves.
-    """
-    (B, H, T, d), G = q.shape, k.shape[1]
-    q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
-    return torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1).add_(bias), dim=-1)
-
-
 def attend(q, k, v, bias):
-    """The values v (B, G, S, d), weighted by `attention_weights` -> (B, H, T, d).
+    """softmax(q kᵀ / √d + bias) v: q (B, H, T, d), k, v (B, G, S, d), bias (B, 1, T, S) of 0 and -inf -> (B, H, T, d).
 
     For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
@@ -93,7 +83,9 @@ def attend(q, k, v, bias):
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=not q.is_cuda)
-    return (attention_weights(q, k, bias).view(B, G, H // G * T, -1) @ v).view(B, H, T, d)
+    q = (q * d ** -0.5).reshape(B, G, H // G * T, d)  # the query heads of one key head, one below the other
+    weights = torch.softmax((q @ k.transpose(-1, -2)).view(B, H, T, -1).add_(bias), dim=-1)  # (B, H, T, S)
+    return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, d)
 
 
 class Attention(nn.Module):
@@ -272,16 +264,9 @@ def load(path, device="cpu", dtype=torch.float32):
     """
     folder = Path(path)
     config = read_config(folder)
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{index}: weight_map must name files in the same folder")
     weights = {}
-    for name in names:
-        weights.update((key, tensor.to(device, dtype)) for key, tensor in read_tensors(folder / name).items()
+    for file in sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]:
+        weights.update((key, tensor.to(device, dtype)) for key, tensor in read_tensors(file).items()
                        if not key.endswith("rotary_emb.inv_freq"))  # which rope_frequencies computes
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some checkpoints store the embedding twice

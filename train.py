@@ -15,7 +15,6 @@ import math
 import os
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ def parse():
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
     add, positive, above_zero = parser.add_argument, evaluation.number(int, 1), evaluation.number(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
-    evaluation.add_data_options(parser, "ml-100k")
+    evaluation.add_shared_options(parser, "ml-100k")
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
@@ -64,16 +63,12 @@ def parse():
         help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
     add("--seed", type=evaluation.number(int, 0, 2 ** 63), default=0,
         help="draws shots, negatives, adapters, order (default: 0)")
-    add("--candidates", type=evaluation.candidates, metavar="N", help="of the closing table: see eval.py --help")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
-    evaluation.add_machine_options(parser)
     args = parser.parse_args()
     args.out = args.out or f"runs/{Path(args.data).stem}"
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
-    if args.prompt == "candidates" and args.candidates == "all":
-        parser.error("--candidates all cannot be listed in a prompt")
     if args.prompt == "candidates" and args.sample == "hard":
         parser.error("--sample hard chooses among more negatives than a prompt could list")
     if args.loss == "dpo" and args.negatives != 1:
@@ -195,7 +190,7 @@ def backward(model, shots, reference, settings):
         batch = batch.to(model.head.device)
         policy = dmpo.response_logps(model, batch)  # (N, 1+k)
         if settings["stage"] == "sft":
-            loss = dmpo.sft_loss(policy, batch.lengths) * (batch.lengths[:, 0].sum() / tokens)
+            loss = dmpo.sft_loss(policy, tokens)
         else:
             ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
             loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
@@ -205,17 +200,11 @@ def backward(model, shots, reference, settings):
             stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
         loss.backward()
         stats["loss"] += loss.detach()
-    add_up_gradients([p for p in model.parameters() if p.requires_grad])
+    if processes > 1:
+        for p in (p for p in model.parameters() if p.requires_grad):  # no gradient: this process had no shot
+            p.grad = evaluation.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
     return dict(zip(names, evaluation.all_reduce(values)))
-
-
-def add_up_gradients(parameters):
-    """Sum the gradients over all processes, in one message."""
-    if evaluation.world()[1] > 1:
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        for p, grad in zip(parameters, evaluation.all_reduce(flat).split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
 
 
 def prepare(model, tokenizer, dataset, settings):
@@ -224,16 +213,15 @@ def prepare(model, tokenizer, dataset, settings):
     choices_seed = seed if settings["prompt"] == "candidates" else None
     shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample,
                        settings["moments"])
+    shots = [evaluation.encode(model, tokenizer, dataset, shot, choices_seed) for shot in shots]
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
-        encoded = [evaluation.encode(model, tokenizer, dataset, shot) for shot in shots]
-        scores = evaluation.log_probabilities(model, encoded, desc="hard negatives")[:, 1:]  # (N, 5k)
+        scores = evaluation.log_probabilities(model, shots, desc="hard negatives")[:, 1:]  # (N, 5k)
         hardest = iter(scores.argsort(descending=True)[:, :k].tolist())
-        shots = [[replace(example, negatives=[example.negatives[i] for i in next(hardest)]) for example in shot]
+        shots = [[(prompt, [responses[0], *(responses[1 + i] for i in next(hardest))]) for prompt, responses in shot]
                  for shot in shots]
     none = dataset.given and not dataset.given["validation"]
     validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
     validation = evaluation.encode(model, tokenizer, dataset, validation, choices_seed)
-    shots = [evaluation.encode(model, tokenizer, dataset, shot, choices_seed) for shot in shots]
     if settings["stage"] == "sft":  # which learns from the positive alone
         shots = [[(prompt, responses[:1]) for prompt, responses in shot] for shot in shots]
     return shots, validation
@@ -330,24 +318,22 @@ def report_speed(model, lines):
 def main():
     """The command: model, data, SFT unless it is there, the preference stage, the table."""
     args = parse()
-    device, dtype = evaluation.choose_device(args.device, args.dtype)
-    dataset, model, tokenizer = evaluation.open_all(args, args.model, device, dtype)
+    dataset, model, tokenizer = evaluation.open_all(args)
+    device, dtype = model.head.device, str(model.head.dtype)[6:]
     args.heading = dataset.heading
     args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # it may be edited between
     model.checkpoint_activations = args.checkpoint_activations
-    print(f"{args.model} on {device} in {str(dtype)[6:]}, {dataset.name}: {len(dataset.sequences)} users, "
+    print(f"{args.model} on {device} in {dtype}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
     if args.stage == "dmpo":
         count = args.negatives * (HARD if args.sample == "hard" else 1)
         data.shots(dataset, args.shots, count, args.seed, args.sample, args.moments)  # fails now, if it must
-    closing = argparse.Namespace(split="test", candidates=args.candidates, users=args.users, prompt=args.prompt, seed=0,
-                                 baselines=False)  # what eval.py would take, whatever this run's seed
-    evaluation.examples_asked_for(dataset, closing)  # likewise
+    examples = data.heldout(dataset, "test", None, users=args.users)  # as eval.py's, whatever this run's seed
     stages = ["sft"] if args.stage == "sft" else ["sft", "dmpo"] if args.init == "sft" else ["dmpo"]
     adapters = []
     for stage in stages:
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
-        settings = {**stage_settings(args, stage), "dtype": str(dtype)[6:]}
+        settings = {**stage_settings(args, stage), "dtype": dtype}
         if stage == "sft" or args.init == "base":
             torch.manual_seed(args.seed)
             lora.attach(lora.detach(model), args.rank, 2 * args.rank)
@@ -364,7 +350,7 @@ def main():
             print(f"{stage} -> {folder}")
             train(model, tokenizer, dataset, settings, folder)
         adapters.append((folder.name, folder, settings))
-    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, closing))
+    evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, examples, prompt=args.prompt))
     print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
              else "next: the same command with --stage dmpo"))
