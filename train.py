@@ -84,7 +84,7 @@ def stage_settings(args, stage):
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
     settings["epochs"] = args.epochs if own else 1
-    settings["lr"] = own and args.lr or LEARNING_RATES[stage]
+    settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
     if stage == "dmpo":
         settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")} | {"init": Path(args.init).name}
     if stage == "dmpo" or args.prompt == "candidates":
