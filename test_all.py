@@ -620,6 +620,10 @@ def test_the_authors_released_data_have_the_shape_that_the_readme_states():
             inside = np.mean([steps[tuple(e.history[-2:])] > 1 for e in dataset.given["test"]])
             onward = np.mean([steps[e.history[-1], e.positive] > 0 for e in dataset.given["test"]])
             assert abs(inside - 0.684) < 0.001 and onward == 0.003, (inside, onward)
+            for split, share in (("validation", 0.654), ("test", 0.604)):
+                rank = evaluation.rank_by(evaluation.fit_item_knn, dataset, dataset.given[split],
+                                          data.interactions(dataset))
+                assert abs(np.mean(rank == 1) - share) < 0.001, (split, np.mean(rank == 1))
     assert dataset.heading == "Video games bought, in order:"
 
 
