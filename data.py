@@ -133,8 +133,9 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
 def heldout(dataset, split, negatives, seed=0, users=None):
     """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them.
 
-    `negatives` are drawn uniformly from what the user never touched, or are the data's own: "given". None takes an
-    example's own if it has any, else draws 19, or as many as there can be. The history is the user's whole one.
+    So many `negatives` are drawn uniformly from what the user never touched (0: the whole catalogue is to be ranked),
+    or are the data's own: "given". None takes an example's own if it has any, else draws 19, or as many as there can
+    be. The history is the user's whole one.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
@@ -165,8 +166,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     titles[1] after titles[:1], titles[2] after titles[:2], .., but only the last `moments` of them. No two shots of a
     sequence have a moment in common, and a smaller count with the same seed takes a part of the same shots. Negatives
     are drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often
-    as it occurs ("popular"); with "given", the last moment takes those that the data bring first. ValueError if
-    there are fewer shots.
+    as it occurs ("popular"); with "given", the last moment takes those that the data bring first ("hard": train.py
+    chooses among uniform ones). ValueError if there are fewer shots.
     """
     pool = dataset.items
     if dataset.given:

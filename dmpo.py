@@ -179,7 +179,7 @@ def pack_catalogue(responses, nodes=256, tokens=4096):
 def catalogue_logps(model, prompt, catalogue):
     """The log-probabilities of all of a catalogue's responses after one prompt (token ids) -> (N,) float32.
 
-    The prompt is computed once; all rows of the trie then attend to its keys and values.
+    The prompt is computed once; all its trees then attend to its keys and values.
     """
     device, past, seen = model.head.device, [], len(prompt) - 1
     if seen:

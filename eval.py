@@ -37,7 +37,7 @@ import dmpo
 import lora
 import model as llama
 
-NODES = 2048  # nodes in one pass, with or without gradients: large matrix products, yet activations that fit memory
+NODES = 2048  # nodes in one pass: large matrix products, yet activations that fit memory
 BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 
@@ -112,7 +112,7 @@ def ranks(scores):
 def measure(rank, candidates):
     """Every metric, user by user: rank (.., users) among so many candidates -> {name: (.., users)}.
 
-    With one positive, NDCG@K is 1/log2(1 + rank), and with one negative AUC is the share of pairs in right order.
+    With one positive, NDCG@K is 1/log2(1 + rank), 0 beyond K; with one negative, AUC is the share of pairs in order.
     """
     def ndcg(k):
         return np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): attach, train, save, load, merge.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): attach, save, load, merge.
 
 A frozen linear map W gets a trainable correction of rank r:  y = W x + (alpha / r) B A x.
 A (r, in) starts random and B (out, r) at zero, so that training starts from exactly the base model, yet B receives a
@@ -67,7 +67,7 @@ def attach(model, rank=8, alpha=16, targets=TARGETS):
 
 def state(model):
     """The adapters' tensors under PEFT's names, A (r, in) and B (out, r) float32."""
-    return {f"base_model.model.{name}.{key}.weight": getattr(module, key).detach()  # the names that PEFT gives them
+    return {f"base_model.model.{name}.{key}.weight": getattr(module, key).detach()
             for name, module in adapters(model).items() for key in ("lora_A", "lora_B")}
 
 

@@ -89,7 +89,7 @@ def attend(q, k, v, bias):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries (arXiv 2305.13245) and rotary positions."""
+    """Self-attention with grouped queries (arXiv 2305.13245) and rotary positions."""
 
     def __init__(self, config):
         super().__init__()

@@ -1112,7 +1112,7 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another():
 
 
 def killed_runs(times):
-    """Train the toy DMPO, killed (SIGKILL) at random moments and started again -> (its adapter, times killed)."""
+    """Train the toy DMPO, killed (SIGKILL) at random moments and started again: its files are the undisturbed run's."""
     import subprocess
     program = (f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import eval, train; "
                "train.CHECKPOINT_SECONDS = 0; eval.run(train.main)")
@@ -1497,7 +1497,7 @@ def benchmark_catalogue():
 
     for name, rank, users in (
         ("two passes", lambda some: evaluation.catalogue_ranks(model, tokenizer, dataset, some), 6),
-        ("every title, one trie", lambda some: [evaluation.score_catalogue(model, tokens(example), catalogue)
+        ("all to the end", lambda some: [evaluation.score_catalogue(model, tokens(example), catalogue)
                                                 for example in some], 6),
         ("every title, a row each", lambda some: [row_by_row(example) for example in some], 1),
     ):
@@ -1564,7 +1564,7 @@ def main():
             import traceback
             outcome, note = "failed", "\n" + traceback.format_exc()
         counts[outcome] += 1
-        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {name[5:].replace('_', ' ')}{note}", flush=True)
+        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {name.removeprefix('test_').replace('_', ' ')}{note}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["failed"] > 0 or not chosen
 

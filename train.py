@@ -42,7 +42,7 @@ def parse():
     evaluation.add_shared_options(parser, "ml-100k")
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
-    add("--shots", type=positive, default=100, help="users' histories to learn from (default: %(default)s)")
+    add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
     add("--moments", type=evaluation.number(int, 1, data.HISTORY + 1), default=data.HISTORY,
         help="of each history learn the latest so many items, each after those before it; 1: the last alone, as the "
              "paper does (default: %(default)s)")
