@@ -1498,7 +1498,7 @@ def benchmark_catalogue():
     for name, rank, users in (
         ("two passes", lambda some: evaluation.catalogue_ranks(model, tokenizer, dataset, some), 6),
         ("all to the end", lambda some: [evaluation.score_catalogue(model, tokens(example), catalogue)
-                                                for example in some], 6),
+                                         for example in some], 6),
         ("every title, a row each", lambda some: [row_by_row(example) for example in some], 1),
     ):
         began = time.perf_counter()
