@@ -1564,7 +1564,8 @@ def main():
             import traceback
             outcome, note = "failed", "\n" + traceback.format_exc()
         counts[outcome] += 1
-        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {name.removeprefix('test_').replace('_', ' ')}{note}", flush=True)
+        property_shown = name.removeprefix("test_").replace("_", " ")
+        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {property_shown}{note}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["failed"] > 0 or not chosen
 
