@@ -44,6 +44,17 @@ BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 # From scores to numbers
 
 
+def encode(model, tokenizer, dataset, examples, choices_seed=None):
+    """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
+    result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
+    for example, (prompt, responses) in zip(examples, result):
+        tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
+        if tokens > most:
+            raise ValueError(f"the prompt of user {example.user} and a title have {tokens} tokens, more than the "
+                             f"{most} that the model takes")
+    return result
+
+
 @torch.no_grad()
 def log_probabilities(model, shots, desc=""):
     """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
@@ -273,6 +284,79 @@ def rank_baselines(dataset, examples, seen):
     return ranked
 
 
+# The base model and its adapters, in one table
+
+
+def find_adapters(paths):
+    """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
+    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name."""
+    found = []
+    for path in map(Path, paths):
+        folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
+            (weights.parent for weights in path.glob("*/adapter_model.safetensors")),
+            key=lambda p: (p.name != "sft", p.name == "dmpo", p.name))
+        if not folders:
+            raise ValueError(f"{path}: no adapter there (train one: python train.py --stage dmpo)")
+        for folder in folders:
+            base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+            saved = {"model": base or "smollm2-135m"} | saved
+            for key, kind in {"data": str, "model": str, "prompt": str, "heading": str,
+                              "shots": int, "seed": int, "moments": int}.items():
+                if key in saved and not isinstance(saved[key], kind):
+                    raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
+            found.append((folder.name, folder, saved))
+
+    def full(name, saved):
+        alike = [other for other_name, _, other in found if other_name == name]
+        unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
+                  and any(other.get(key) != saved[key] for other in alike)]
+        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)])
+
+    return [(full(name, saved), folder, saved) for name, folder, saved in found]
+
+
+def inherit(adapters, key, default):
+    """The setting that all of the adapters were trained with; ValueError where they differ."""
+    values = {saved.get(key, default) for _, _, saved in adapters} or {default}
+    if len(values) > 1:
+        raise ValueError(f"the adapters were trained with --{key} {' and '.join(map(str, values))}: name one of them")
+    return values.pop()
+
+
+def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0, prompt="history", baselines=False):
+    """Rank the examples' positives with the base model and each of [(name, folder, args.json)] -> a JSON-able report.
+
+    Examples without negatives are ranked among all that their users have not touched.
+    """
+    encoded = encode(model, tokenizer, dataset, examples, seed if prompt == "candidates" else None)
+    whole = not examples[0].negatives
+    count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
+    ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
+    sft, seen = "base", set()              # the latest SFT's name; the (shots, seed, moments) that adapters were shown
+    for name, folder, saved in [("base", None, {}), *adapters]:
+        lora.load(model, folder)
+        if saved.get("data", dataset.name) != dataset.name:
+            name = f"{name} ({saved['data']})"
+        elif saved.keys() >= {"shots", "seed"}:
+            seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
+        compared.setdefault(name, "base" if saved.get("stage") == "sft" or saved.get("init") == "base" else sft)
+        sft = name if saved.get("stage") == "sft" else sft
+        rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
+                else ranks(score(model, encoded, desc=name)))
+        ranked.setdefault(name, []).append(rank)
+    if baselines:
+        traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]
+        compared |= dict.fromkeys(traditional, last)
+        ranked |= traditional
+    label = {name: name if len(runs) == 1 else f"{name} x{len(runs)}" for name, runs in ranked.items()}
+    rows = [(label[name], {key: values.mean(0) for key, values in measure(np.array(runs), count).items()},  # over runs
+             label.get(compared[name])) for name, runs in ranked.items()]
+    return {"data": dataset.name, "split": split, "candidates": "all" if whole else count, "users": len(examples),
+            "seed": seed, "rows": summarise(rows),
+            "ranks": {label[name]: np.array(runs).tolist() for name, runs in ranked.items()}}
+
+
 # One person's recommendations, and why
 
 
@@ -348,6 +432,16 @@ def cut(text, width):
     return text
 
 
+def print_bars(history, effect, shown, width):
+    """The effects of some history items as bars: ones to the left speak against, ones to the right for the title."""
+    half = max(4, min(12, width // 8))
+    unit = max(np.abs(effect).max(), 1e-9) / half
+    for i in shown:
+        length = round(abs(effect[i]) / unit)
+        bar = (" " * half + "|" + "#" * length) if effect[i] >= 0 else " " * (half - length) + "#" * length + "|"
+        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {cut(history[i], max(10, width - 2 * half - 15))}")
+
+
 def print_person(report, effects, width):
     """A report of `recommend`, and what `explain` says of each title, as text."""
     name = report["model"]
@@ -372,14 +466,71 @@ def print_person(report, effects, width):
             print_bars(latest, effects[number], dict.fromkeys([*best[:3], best[-1]]), width)
 
 
-def print_bars(history, effect, shown, width):
-    """The effects of some history items as bars: ones to the left speak against, ones to the right for the title."""
-    half = max(4, min(12, width // 8))
-    unit = max(np.abs(effect).max(), 1e-9) / half
-    for i in shown:
-        length = round(abs(effect[i]) / unit)
-        bar = (" " * half + "|" + "#" * length) if effect[i] >= 0 else " " * (half - length) + "#" * length + "|"
-        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {cut(history[i], max(10, width - 2 * half - 15))}")
+def answer(model, tokenizer, dataset, adapters, args):
+    """--user and --history: print the recommendations of the last adapter, or a comparison; returns what was said."""
+    width = min(120, shutil.get_terminal_size().columns)
+    history, positive = find_person(dataset, args.user, args.history)
+    if len({name for name, *_ in adapters}) < len(adapters):
+        raise ValueError("several adapters have one name: name the run that is to recommend")
+    named, latest, effects = [("base", None, {}), *adapters], history[-data.HISTORY:], None
+    if args.compare:
+        return compare(model, tokenizer, dataset, named, latest, args.compare, width)
+    report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
+    if args.explain:
+        _, effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
+        for row, effect in zip(report["recommended"], effects):
+            row["effects"] = dict(zip(latest, effect.tolist()))
+    print_person(report, effects, width)
+    return report
+
+
+def compare(model, tokenizer, dataset, adapters, history, pair, width):
+    """Print and return, model by model, what each history item does for title A rather than B, and their scores."""
+    pair, report = [find_title(dataset, title, "--compare") for title in pair], {}
+    if pair[0] == pair[1]:
+        raise ValueError(f"--compare: both titles are {pair[0]!r}")
+    for name, folder, *_ in adapters:
+        lora.load(model, folder)
+        scores, (a, b) = explain(model, tokenizer, dataset, history, pair)
+        report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
+        print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
+                            "rather than the second:", width))
+        print_bars(history, a - b, np.argsort(b - a), width)
+    return report
+
+
+def check_explanations(model, tokenizer, dataset, adapters, args):
+    """--explain for nobody in particular, a deletion test: print and return whether such explanations mean something.
+
+    For each of --users (200 unless given): the rank, among 20, of the title that the last adapter ranks first, once the
+    3 history items that speak for it most are gone, and its mean rank without 3 random ones.
+    """
+    if adapters:
+        lora.load(model, adapters[-1][1])
+    examples = [example for example in data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
+                if len(example.history) > 3]
+    if not examples:
+        raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
+    rng, found = np.random.default_rng(args.seed), []
+    for example in tqdm(examples, "deletion test", disable=None, leave=False):
+        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
+        first = int(score(model, encode(model, tokenizer, dataset, [example]))[0].argmax())
+        titles.insert(0, titles.pop(first))  # ranks() takes the first column's
+        _, (effect,) = explain(model, tokenizer, dataset, history, titles[:1])
+        gone = [np.argsort(-effect)[:3], *(rng.permutation(len(history))[:3] for _ in range(5))]
+        left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
+                for out in gone]
+        rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
+        found.append((rank[0], rank[1:].mean()))
+    reasons, chance = np.array(found).T
+    low, high = interval(reasons - chance)
+    report = {"users": len(found), "rank_without_reasons": float(reasons.mean()),
+              "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
+              "ci95": [low, high]}
+    print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
+          f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
+          f"{low:+.2f} to {high:+.2f}; {len(found)} users)")
+    return report
 
 
 # The machine, or several: under torchrun every process does a part of the users
@@ -463,101 +614,63 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def open_all(args):
-    """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
-    device, dtype = choose_device(args.device, args.dtype)
-    me, _ = world()
-    if me:
-        barrier(device)
-    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(args.model)
-    if not me:
-        barrier(device)
-    model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
-                         f"{model.config.vocab_size}")
-    return dataset, model, tokenizer
+def keep_freed_memory():
+    """Ask glibc to keep large freed blocks: by default each tensor's pages go back to the system and are cleared anew
+    for the next one, which costs a fifth of the time on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+    mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; older versions take no more than 32 MiB
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def encode(model, tokenizer, dataset, examples, choices_seed=None):
-    """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
-    result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
-    for example, (prompt, responses) in zip(examples, result):
-        tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
-        if tokens > most:
-            raise ValueError(f"the prompt of user {example.user} and a title have {tokens} tokens, more than the "
-                             f"{most} that the model takes")
-    return result
+def run(main):
+    """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
+    keep_freed_memory()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of GPU memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
-def find_adapters(paths):
-    """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name."""
-    found = []
-    for path in map(Path, paths):
-        folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
-            (weights.parent for weights in path.glob("*/adapter_model.safetensors")),
-            key=lambda p: (p.name != "sft", p.name == "dmpo", p.name))
-        if not folders:
-            raise ValueError(f"{path}: no adapter there (train one: python train.py --stage dmpo)")
-        for folder in folders:
-            base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-            saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
-            saved = {"model": base or "smollm2-135m"} | saved
-            for key, kind in {"data": str, "model": str, "prompt": str, "heading": str,
-                              "shots": int, "seed": int, "moments": int}.items():
-                if key in saved and not isinstance(saved[key], kind):
-                    raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
-            found.append((folder.name, folder, saved))
-
-    def full(name, saved):
-        alike = [other for other_name, _, other in found if other_name == name]
-        unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
-                  and any(other.get(key) != saved[key] for other in alike)]
-        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)])
-
-    return [(full(name, saved), folder, saved) for name, folder, saved in found]
+# The command line
 
 
-def inherit(adapters, key, default):
-    """The setting that all of the adapters were trained with; ValueError where they differ."""
-    values = {saved.get(key, default) for _, _, saved in adapters} or {default}
-    if len(values) > 1:
-        raise ValueError(f"the adapters were trained with --{key} {' and '.join(map(str, values))}: name one of them")
-    return values.pop()
+def number(kind, low, high=math.inf):
+    """argparse type: an int or a float, at least `low` and below `high`."""
+    def read(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}" + f" and below {high}" * (high < math.inf))
+        return kind(text)
+    read.__name__ = kind.__name__  # argparse's "invalid int value" takes it from here
+    return read
 
 
-def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0, prompt="history", baselines=False):
-    """Rank the examples' positives with the base model and each of [(name, folder, args.json)] -> a JSON-able report.
+def candidates(text):
+    """argparse type: how many others to rank the held-out item among, N - 1; 0 for "all"; or "given"."""
+    return {"all": 0, "given": "given"}[text] if text in ("all", "given") else number(int, 2)(text) - 1
 
-    Examples without negatives are ranked among all that their users have not touched.
-    """
-    encoded = encode(model, tokenizer, dataset, examples, seed if prompt == "candidates" else None)
-    whole = not examples[0].negatives
-    count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
-    ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
-    sft, seen = "base", set()              # the latest SFT's name; the (shots, seed, moments) that adapters were shown
-    for name, folder, saved in [("base", None, {}), *adapters]:
-        lora.load(model, folder)
-        if saved.get("data", dataset.name) != dataset.name:
-            name = f"{name} ({saved['data']})"
-        elif saved.keys() >= {"shots", "seed"}:
-            seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
-        compared.setdefault(name, "base" if saved.get("stage") == "sft" or saved.get("init") == "base" else sft)
-        sft = name if saved.get("stage") == "sft" else sft
-        rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
-                else ranks(score(model, encoded, desc=name)))
-        ranked.setdefault(name, []).append(rank)
-    if baselines:
-        traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]
-        compared |= dict.fromkeys(traditional, last)
-        ranked |= traditional
-    label = {name: name if len(runs) == 1 else f"{name} x{len(runs)}" for name, runs in ranked.items()}
-    rows = [(label[name], {key: values.mean(0) for key, values in measure(np.array(runs), count).items()},  # over runs
-             label.get(compared[name])) for name, runs in ranked.items()]
-    return {"data": dataset.name, "split": split, "candidates": "all" if whole else count, "users": len(examples),
-            "seed": seed, "rows": summarise(rows),
-            "ranks": {label[name]: np.array(runs).tolist() for name, runs in ranked.items()}}
+
+def add_shared_options(parser, dataset):
+    """What open_all needs, --data to --dtype, the same for train.py; `dataset` is the default."""
+    parser.add_argument("--data", default=dataset, type=os.path.normpath,
+                        help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
+                             f"(default: {dataset or 'that of the adapters'})")
+    parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
+    parser.add_argument("--verb", help="what it says that users did to them")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the frozen weights (default: bfloat16 where it multiplies twice as fast)")
 
 
 def parse():
@@ -597,31 +710,20 @@ def parse():
     return args
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: an int or a float, at least `low` and below `high`."""
-    def read(text):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low}" + f" and below {high}" * (high < math.inf))
-        return kind(text)
-    read.__name__ = kind.__name__  # argparse's "invalid int value" takes it from here
-    return read
-
-
-def candidates(text):
-    """argparse type: how many others to rank the held-out item among, N - 1; 0 for "all"; or "given"."""
-    return {"all": 0, "given": "given"}[text] if text in ("all", "given") else number(int, 2)(text) - 1
-
-
-def add_shared_options(parser, dataset):
-    """What open_all needs, --data to --dtype, the same for train.py; `dataset` is the default."""
-    parser.add_argument("--data", default=dataset, type=os.path.normpath,
-                        help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
-                             f"(default: {dataset or 'that of the adapters'})")
-    parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
-    parser.add_argument("--verb", help="what it says that users did to them")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, .. (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of the frozen weights (default: bfloat16 where it multiplies twice as fast)")
+def open_all(args):
+    """The data set, the model and its tokenizer; of several processes the first fetches, and the others wait for it."""
+    device, dtype = choose_device(args.device, args.dtype)
+    me, _ = world()
+    if me:
+        barrier(device)
+    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(args.model)
+    if not me:
+        barrier(device)
+    model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
+                         f"{model.config.vocab_size}")
+    return dataset, model, tokenizer
 
 
 def write_json(path, value):
@@ -661,102 +763,6 @@ def main():
         print(f"\n{speed}in {dtype} on {device}; peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
         write_json(args.json, report)
-
-
-def answer(model, tokenizer, dataset, adapters, args):
-    """--user and --history: print the recommendations of the last adapter, or a comparison; returns what was said."""
-    width = min(120, shutil.get_terminal_size().columns)
-    history, positive = find_person(dataset, args.user, args.history)
-    if len({name for name, *_ in adapters}) < len(adapters):
-        raise ValueError("several adapters have one name: name the run that is to recommend")
-    named, latest, effects = [("base", None, {}), *adapters], history[-data.HISTORY:], None
-    if args.compare:
-        return compare(model, tokenizer, dataset, named, latest, args.compare, width)
-    report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
-    if args.explain:
-        _, effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
-        for row, effect in zip(report["recommended"], effects):
-            row["effects"] = dict(zip(latest, effect.tolist()))
-    print_person(report, effects, width)
-    return report
-
-
-def compare(model, tokenizer, dataset, adapters, history, pair, width):
-    """Print and return, model by model, what each history item does for title A rather than B, and their scores."""
-    pair, report = [find_title(dataset, title, "--compare") for title in pair], {}
-    if pair[0] == pair[1]:
-        raise ValueError(f"--compare: both titles are {pair[0]!r}")
-    for name, folder, *_ in adapters:
-        lora.load(model, folder)
-        scores, (a, b) = explain(model, tokenizer, dataset, history, pair)
-        report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
-        print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
-                            "rather than the second:", width))
-        print_bars(history, a - b, np.argsort(b - a), width)
-    return report
-
-
-def check_explanations(model, tokenizer, dataset, adapters, args):
-    """--explain for nobody in particular, a deletion test: print and return whether such explanations mean something.
-
-    For each of --users (200 unless given): the rank, among 20, of the title that the last adapter ranks first, once the
-    3 history items that speak for it most are gone, and its mean rank without 3 random ones.
-    """
-    if adapters:
-        lora.load(model, adapters[-1][1])
-    examples = [example for example in data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
-                if len(example.history) > 3]
-    if not examples:
-        raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
-    rng, found = np.random.default_rng(args.seed), []
-    for example in tqdm(examples, "deletion test", disable=None, leave=False):
-        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
-        first = int(score(model, encode(model, tokenizer, dataset, [example]))[0].argmax())
-        titles.insert(0, titles.pop(first))  # ranks() takes the first column's
-        _, (effect,) = explain(model, tokenizer, dataset, history, titles[:1])
-        gone = [np.argsort(-effect)[:3], *(rng.permutation(len(history))[:3] for _ in range(5))]
-        left = [data.Example("", [item for i, item in enumerate(history) if i not in out], titles[0], titles[1:])
-                for out in gone]
-        rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
-        found.append((rank[0], rank[1:].mean()))
-    reasons, chance = np.array(found).T
-    low, high = interval(reasons - chance)
-    report = {"users": len(found), "rank_without_reasons": float(reasons.mean()),
-              "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
-              "ci95": [low, high]}
-    print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
-          f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
-          f"{low:+.2f} to {high:+.2f}; {len(found)} users)")
-    return report
-
-
-def keep_freed_memory():
-    """Ask glibc to keep large freed blocks: by default each tensor's pages go back to the system and are cleared anew
-    for the next one, which costs a fifth of the time on a CPU."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; older versions take no more than 32 MiB
-    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def run(main):
-    """Call a script's main; bad input and Ctrl-C end it with one line and a status that is not 0."""
-    keep_freed_memory()
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
