@@ -258,16 +258,18 @@ BASELINES = {"popularity": fit_popularity, "item knn": fit_item_knn, "markov": f
 def rank_by(fit, dataset, examples, sequences):
     """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
 
-    Examples without negatives are ranked among all that their users have not touched.
+    Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
+    those of a few shots: among its ties a positive gets a random place, else what is never seen would rank below chance.
     """
-    number, result = {item: i for i, item in enumerate(dataset.items)}, []
+    number, result, rng = {item: i for i, item in enumerate(dataset.items)}, [], np.random.default_rng(0)
     score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
     for example in examples:
         scores = score_items([number[item] for item in example.history])
         others = [number[item] for item in example.negatives]
         if not others:
             others = np.delete(np.arange(len(number)), [number[item] for item in dataset.sequences[example.user]])
-        result.append(1 + (scores[others] >= scores[number[example.positive]]).sum())
+        ahead = scores[others] - scores[number[example.positive]]  # > 0 better, 0 a tie
+        result.append(1 + (ahead > 0).sum() + rng.integers((ahead == 0).sum() + 1))
     return np.array(result)
 
 
