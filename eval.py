@@ -206,7 +206,7 @@ def fit_markov(sequences, items):
 class SASRec(nn.Module):
     """Self-attention over the latest item numbers (arXiv 1808.09781), trained with the whole softmax."""
 
-    def __init__(self, items, width=64, length=50, layers=2, heads=2, dropout=0.3):
+    def __init__(self, items, length, width=64, layers=2, heads=2, dropout=0.3):
         super().__init__()
         self.length, self.items = length, nn.Embedding(items + 1, width, padding_idx=items)
         self.places = nn.Embedding(length, width)
@@ -224,10 +224,14 @@ class SASRec(nn.Module):
 
 
 def fit_sasrec(sequences, items, epochs=60, seed=0):
-    """SASRec trained for so many passes over the sequences, each a random window of at most 50 items."""
+    """SASRec trained for so many passes over the sequences, each a random window of at most 51 items.
+
+    It never reads more of a history than it was trained on: further places would have no meaning yet.
+    """
     torch.manual_seed(seed)
-    rng, model = random.Random(seed), SASRec(items)
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    longest = max(map(len, sequences), default=2)
+    rng, model = random.Random(seed), SASRec(items, min(50, longest - 1))
     steps = epochs * -(-len(sequences) // 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
