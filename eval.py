@@ -223,7 +223,7 @@ class SASRec(nn.Module):
         return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
 
 
-def fit_sasrec(sequences, items, epochs=60, seed=0):
+def fit_sasrec(sequences, items, epochs=120, seed=0):
     """SASRec trained for so many passes over the sequences, each a random window of at most 51 items.
 
     It never reads more of a history than it was trained on: further places would have no meaning yet.
