@@ -252,14 +252,15 @@ def train(model, tokenizer, dataset, settings, folder):
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
     steps = math.ceil(len(shots) / size)  # of one epoch
+    total = epochs * steps
     done, lines, saved = load_checkpoint(checkpoint, model, optimizer, settings), [], time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
-        bar = tqdm(range(done, epochs * steps), settings["stage"], epochs * steps, initial=done,
+        bar = tqdm(range(done, total), settings["stage"], total, initial=done,
                    disable=None if main_process else True)
         for number in bar:
             epoch, start = number // steps + 1, number % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
-            picked, lr = order[start:start + size], learning_rate(number, epochs * steps, settings["lr"])
+            picked, lr = order[start:start + size], learning_rate(number, total, settings["lr"])
             line = {"step": number, **step(model, optimizer, lr, shots, reference, picked, settings)}
             lines.append(line)
             if (number + 1) % steps == 0:  # an epoch ends
@@ -274,7 +275,7 @@ def train(model, tokenizer, dataset, settings, folder):
             log.flush()
             bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "reward_accuracy", "margin", "examples_per_s")
                              if key in line})
-            if main_process and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            if main_process and number + 1 < total and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
                 saved = time.perf_counter()
     if main_process:
@@ -282,8 +283,7 @@ def train(model, tokenizer, dataset, settings, folder):
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
     evaluation.barrier(model.head.device)  # the others wait for the files
-    if lines:  # none if only the end was missing
-        report_speed(model, lines)
+    report_speed(model, lines)
 
 
 def step(model, optimizer, lr, shots, reference, picked, settings):
