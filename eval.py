@@ -424,7 +424,7 @@ def explain(model, tokenizer, dataset, history, titles):
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
     scores = score(model, encode(model, tokenizer, dataset, examples))  # (1 + H, titles)
-    odds = scores - np.log1p(-np.exp(scores))
+    odds = scores - np.log1p(-np.exp(np.minimum(scores, -1e-6)))  # bfloat16 may round a sure title's above 0
     return scores[0], (odds[0] - odds[1:]).T
 
 
