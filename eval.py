@@ -263,7 +263,7 @@ def rank_by(fit, dataset, examples, sequences):
     """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
 
     Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
-    those of a few shots: among its ties a positive gets a random place, else what is never seen would rank below chance.
+    those of a few shots: a positive gets a random place among its ties, else what was never seen ranked below chance.
     """
     number, result, rng = {item: i for i, item in enumerate(dataset.items)}, [], np.random.default_rng(0)
     score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
