@@ -295,7 +295,8 @@ def rank_baselines(dataset, examples, seen):
 
 def find_adapters(paths):
     """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name."""
+    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name, and
+    the folder where not even these differ: two DMPOs of one seed that started from unlike SFTs."""
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
@@ -313,13 +314,15 @@ def find_adapters(paths):
                     raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
             found.append((folder.name, folder, saved))
 
-    def full(name, saved):
-        alike = [other for other_name, _, other in found if other_name == name]
+    def full(name, folder, saved):
+        alike = {other_folder: other for other_name, other_folder, other in found if other_name == name}
         unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
-                  and any(other.get(key) != saved[key] for other in alike)]
-        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike)])
+                  and any(other.get(key) != saved[key] for other in alike.values())]
+        twins = [other for other in alike.values()
+                 if all(other.get(key) == saved.get(key) for key in [*unlike, "seed", "data"])]
+        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike), *[str(folder)] * (len(twins) > 1)])
 
-    return [(full(name, saved), folder, saved) for name, folder, saved in found]
+    return [(full(*adapter), *adapter[1:]) for adapter in found]
 
 
 def inherit(adapters, key, default):

@@ -1308,6 +1308,9 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
         assert to["sasrec, 24 shots"] == to["sasrec, all users"] == "dmpo", to
         status, out, err = command(evaluation.main, "frombase", "two", "frombase/dmpo", "--data", "toy.csv")
         assert status == 0 and "dmpo, negatives 4 x2" in out and "dmpo, negatives 2 " in out, (out, err)
+        shutil.copytree("frombase", "other")  # the same seed and settings: no second seed to average over
+        status, out, err = command(evaluation.main, "frombase", "other", "--data", "toy.csv")
+        assert status == 0 and "dmpo, frombase/dmpo" in out and "dmpo, other/dmpo" in out, (out, err)
 
 
 def test_hard_negatives_are_those_that_the_reference_scores_highest():
