@@ -6,7 +6,7 @@
     python eval.py --user 42 --explain   what to recommend to one person, and which history items speak for it
 
 A candidate's score is the log-probability of its title after the user's prompt, all tokens together: what training
-raises and compares. A positive ranks below every candidate that it ties with, or a constant model would be perfect.
+raises and compares. A model's positive ranks below all that it ties with, or a constant model would be perfect.
 """
 
 import argparse
@@ -263,7 +263,7 @@ def rank_by(fit, dataset, examples, sequences):
     """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
 
     Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
-    those of a few shots: a positive gets a random place among its ties, else what was never seen ranked below chance.
+    those of a few shots: a positive gets a random place among its ties; the last would put the never seen below chance.
     """
     number, result, rng = {item: i for i, item in enumerate(dataset.items)}, [], np.random.default_rng(0)
     score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
