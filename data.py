@@ -131,11 +131,11 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
 
 
 def heldout(dataset, split, negatives, seed=0, users=None):
-    """One Example a user for `split` "validation" or "test"; `users` (int) takes a random so many of them.
+    """One Example per user for `split` "validation" or "test", or of a random sample of `users` of them.
 
-    So many `negatives` are drawn uniformly from what the user never touched (0: the whole catalogue is to be ranked),
-    or are the data's own: "given". None takes an example's own if it has any, else draws 19, or as many as there can
-    be. The history is the user's whole one.
+    negatives: a number, to be drawn uniformly from what the user never touched (0: the whole catalogue is to be
+    ranked); "given", the data's own; None, an example's own if it has any, else 19, or as many as there can be, drawn.
+    The history is the user's whole one. ValueError if there is no example, or there are too few titles.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
@@ -160,14 +160,17 @@ def heldout(dataset, split, negatives, seed=0, users=None):
 
 
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
-    """`count` shots: the data's own, shuffled; or all users' latest training items, then those before, ..
+    """`count` shots. From sequences: one per user, which ends in the latest training item; then a second one per user,
+    which ends `moments` items earlier, and so on. From given training examples: one for each, shuffled.
 
-    A shot is a list of Examples of one user, one a moment: of at most HISTORY titles and the one that came next,
-    titles[1] after titles[:1], titles[2] after titles[:2], .., but only the last `moments` of them. No two shots of a
-    sequence have a moment in common, and a smaller count with the same seed takes a part of the same shots. Negatives
-    are drawn from all titles (of the training examples, where the data bring those), each alike ("uniform") or as often
-    as it occurs ("popular"); with "given", the last moment takes those that the data bring first ("hard": train.py
-    chooses among uniform ones). ValueError if there are fewer shots.
+    A shot is a list of Examples of one user. Of its titles, at most HISTORY and the one that came next, it asks for
+    titles[1] after titles[:1], titles[2] after titles[:2], ..: a moment each, of which the last `moments` are taken. No
+    two shots of a sequence share a moment, and a smaller count with the same seed is a part of the larger.
+
+    Negatives are drawn from all titles (of the training examples, where the data bring those) that the user never
+    touched, training or held out: each alike (`sample` "uniform"; also "hard", among which train.py then chooses), or as
+    often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
+    ValueError if there are fewer shots.
     """
     pool = dataset.items
     if dataset.given:
@@ -175,7 +178,7 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
         pool = pool if sample == "popular" else sorted(set(pool))
     elif sample == "popular":
         pool = [item for items in dataset.sequences.values() for item in items[:-2]]
-    moments = min(moments, HISTORY)  # a shot shows no more; the next one begins so many items earlier, leaving none out
+    moments = min(moments, HISTORY)  # a shot has no more, and the next one must leave none out
     if dataset.given:
         last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
         last = random.Random(f"{seed} shots").sample(last, len(last))
@@ -215,7 +218,7 @@ def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from."""
     if dataset.given:
         return [[*e.history, e.positive] for e in dataset.given["train"]] + [
-            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]
+            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper's validation is the last
     return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
 
 
@@ -373,7 +376,8 @@ def from_examples(given):
 
 
 def load_paper(name):
-    """The DMPO authors' own two files: instructions that list a history and two titles, and the right one first.
+    """The DMPO authors' own two files: an instruction lists a history and two titles, its output these two, the right
+    one first.
 
     Validation takes the last title of each evaluation user's history, and one drawn as often as it is in others'.
     """

@@ -7,8 +7,8 @@ r"""One user's shot is one token tree; the tree gives log-probabilities; they gi
 Notable:
 - The prompt is computed once for all responses to it, and so is whatever else begins alike: responses, and the prompts
   of one user at several moments. Above, "2." is answered by Heat or Aliens, and then "3." by Alien or Aliens.
-- A response's last token needs no node, unless a later prompt goes on from it: else nothing is predicted from it.
-- It is exact: every node sees the tokens and positions that it would see in a row of its own.
+- A response's last token is predicted, but predicts nothing: it gets a node only where a later prompt goes on from it.
+- It is exact but for rounding: every node sees the tokens and positions that it would see in a row of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 @dataclass
 class Batch:
-    """B trees, padded to T nodes, of N examples, of at most R responses and L tokens; E edges: tokens to predict from
-    P of the nodes."""
+    """B trees, padded to T nodes each. Together they hold N examples, of at most R responses of at most L tokens, and E
+    edges (predicted tokens, see `tree`) that start from P of the nodes."""
     ids: torch.Tensor         # (B, T) int64, the nodes' tokens
     positions: torch.Tensor   # (B, T) int64, their depths
     mask: torch.Tensor        # (B, T, T) bool, the node itself and its ancestors
@@ -42,13 +42,15 @@ class Batch:
 def tree(examples):
     """Merge equal beginnings. Examples (prompt ids, [response ids, ..]) -> (tokens, parents, edges, paths).
 
-    Those of one shot share most: each prompt goes on where the one before it was answered by its positive.
+    An edge (node, token) is a token of a response and the node that predicts it; prompt tokens are not predicted.
+    paths[example][response] are the numbers of its edges, whose log-probabilities add up to the response's. Examples of
+    one shot share most: each prompt goes on where the one before it was answered by its positive.
 
     >>> tree([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])       # the prompt's nodes are 0 and 1
     ([7, 8, 1, 2], [-1, 0, 1, 2], [(1, 1), (2, 2), (3, 3), (3, 4), (1, 5)], [[[0, 1, 2], [0, 1, 3], [4]]])
     """
     tokens, parents, children = [], [], {}  # children: (node, token) -> node
-    edges, paths = {}, []                   # edges: (node, token) -> number
+    edges, paths = {}, []                   # edges: (node, token) -> number, in order
 
     def child(node, token):
         if (node, token) not in children:
@@ -151,19 +153,19 @@ def response_logps(model, batch, past=None):
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
     # A node's gradient is the sum over what is predicted from it. embedding(sources, hidden) is hidden[sources], but
-    # sums in one order, bit for bit; indexing, as below, would sum so large a gradient in parallel, in any order
+    # sums in one order, bit for bit; indexing, which is good enough for the numbers below, would sum in any order
     chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
 def pack_catalogue(responses, nodes=256, tokens=4096):
-    """Many responses that will follow one prompt after another -> [(Batch, indices of its responses), ..], made once.
+    """Many responses that will follow many prompts in turn -> [(Batch, indices of its responses), ..], made once.
 
     Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` each, whose trunk is a
     single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
     """
-    parts, size, before = [], nodes, []
+    parts, size, before = [], nodes, []  # as if a part were full: the first response opens one
     for i in sorted(range(len(responses)), key=responses.__getitem__):
         shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
         if size + len(responses[i]) - shared > nodes:
@@ -191,7 +193,7 @@ def catalogue_logps(model, prompt, catalogue):
         ids[:, 0] = prompt[-1]
         mask = F.pad(batch.mask, (seen, 0), value=True)  # (rows, T, seen + T)
         batch = replace(batch, ids=ids, positions=batch.positions + seen, mask=mask)
-        found = response_logps(model, batch, past or None)
+        found = response_logps(model, batch, past or None)  # a prompt of one token has no past
         for row, part in enumerate(parts):
             logps[part] = found[row, :len(part)]
     return logps
@@ -201,7 +203,8 @@ def catalogue_logps(model, prompt, catalogue):
 
 
 def sft_loss(logps, tokens):
-    """-mean over the positives' tokens, so many in a step, of log π(token | ..): logps (N, R), only column 0 counts."""
+    """-Σ log π(positive) / tokens, with `tokens` the number in all positives of the step, so that its groups add up to
+    the mean over tokens: logps (N, R), of which only column 0, the positives', counts."""
     return -logps[:, 0].sum() / tokens
 
 

@@ -295,8 +295,8 @@ def rank_baselines(dataset, examples, seen):
 
 def find_adapters(paths):
     """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name are averaged, so what else than seed and data differs goes into the name, and
-    the folder where not even these differ: two DMPOs of one seed that started from unlike SFTs."""
+    and DMPO last. Adapters of one name become one averaged row, so a setting that differs, seed and data apart, is
+    added to the name, and the folder where seed and data agree as well (two DMPOs that started from unlike SFTs)."""
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
@@ -422,7 +422,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 def explain(model, tokenizer, dataset, history, titles):
     """The titles' scores (titles,) after a history, and what each of its items does for each title (titles, H).
 
-    It is exact: the title's log-odds after the history, less its log-odds after the history without that item.
+    Computed, not estimated: the title's log-odds after the history, less those after the history without that item.
     """
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
@@ -542,7 +542,7 @@ def check_explanations(model, tokenizer, dataset, adapters, args):
     return report
 
 
-# The machine, or several: under torchrun every process does a part of the users
+# The machine, or several: under torchrun every process does a part of the shots or users
 
 
 def world():
@@ -586,7 +586,7 @@ def choose_device(name, dtype):
         return device, getattr(torch, dtype)
     rates = torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device)
     single, half = all_reduce(rates)
-    return device, torch.bfloat16 if half > 2 * single else torch.float32  # no close call: it falls alike each time
+    return device, torch.bfloat16 if half > 2 * single else torch.float32  # never close to 2: starts agree
 
 
 def matmul_rate(device, dtype, seconds=0.2):

@@ -2,7 +2,7 @@
 
 Notable:
 - `forward` takes explicit positions and an explicit mask, which is all that a tree of tokens needs (see dmpo.py).
-- It returns hidden states, not logits: only where a response token is predicted are they needed (see dmpo.py).
+- It returns hidden states: logits are needed only where a response token is predicted (see dmpo.py).
 - Parameter names are Hugging Face's, so `load_state_dict(strict=True)` is the whole loader.
 - Shapes: B rows, T new tokens, S tokens attended to (past and new), D model width, V vocabulary,
   H query heads, G key/value heads (each serves H/G query heads), d width of a head.
@@ -79,7 +79,7 @@ def attend(q, k, v, bias):
     For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
     (B, H, T, d), G = q.shape, k.shape[1]
-    if q.is_cuda:  # whose fused kernel that takes a mask wants as many key heads as query heads
+    if q.is_cuda:  # whose fused kernel takes a mask only with as many key heads as query heads
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=not q.is_cuda)
@@ -271,7 +271,7 @@ def load(path, device="cpu", dtype=torch.float32):
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # some checkpoints store the embedding twice
     layers = len({key.split(".")[2] for key in weights if key.startswith("model.layers.")})
-    if layers != config.num_hidden_layers:  # seen before so many are made
+    if layers != config.num_hidden_layers:  # first, as a damaged config may ask for millions
         raise ValueError(f"{folder}: weights and config.json disagree: {layers} layers, {config.num_hidden_layers}")
     with torch.device("meta"):
         model = Llama(config)
