@@ -168,8 +168,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     two shots of a sequence share a moment, and a smaller count with the same seed is a part of the larger.
 
     Negatives are drawn from all titles (of the training examples, where the data bring those) that the user never
-    touched, training or held out: each alike (`sample` "uniform"; also "hard", among which train.py then chooses), or as
-    often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
+    touched, training or held out: each alike (`sample` "uniform"; "hard", too, among which train.py then chooses), or
+    as often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
     ValueError if there are fewer shots.
     """
     pool = dataset.items
@@ -218,7 +218,7 @@ def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from."""
     if dataset.given:
         return [[*e.history, e.positive] for e in dataset.given["train"]] + [
-            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper's validation is the last
+            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # the last may be the validation's, as in load_paper
     return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
 
 

@@ -586,7 +586,7 @@ def choose_device(name, dtype):
         return device, getattr(torch, dtype)
     rates = torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device)
     single, half = all_reduce(rates)
-    return device, torch.bfloat16 if half > 2 * single else torch.float32  # never close to 2: starts agree
+    return device, torch.bfloat16 if half > 2 * single else torch.float32
 
 
 def matmul_rate(device, dtype, seconds=0.2):
