@@ -46,7 +46,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Every user's titles, oldest first and none twice; `items` are all titles, sorted."""
+    """Every user's titles, oldest first and none twice (a user's examples one after the other, where the data bring
+    those); `items` are all titles, sorted."""
     sequences: dict[str, list[str]]
     items: list[str]
     given: dict[str, list[Example]] | None = None  # "train", "validation" and "test", where the data bring examples
@@ -218,7 +219,7 @@ def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from."""
     if dataset.given:
         return [[*e.history, e.positive] for e in dataset.given["train"]] + [
-            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # the last may be the validation's, as in load_paper
+            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper validates on the last
     return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
 
 
@@ -514,12 +515,13 @@ def find_model(name):
         raise OSError(f"--model {name}: no such folder, and the hub gave none ({reason})") from None
 
 
-Q8_0 = np.dtype([("scale", "<f2", (1,)), ("bytes", "i1", 32)])  # blocks of 32 weights
+# GGUF's blocks of 32 weights in 8 and 4 bits. Nothing from here on is needed to understand DMPO
+Q8_0 = np.dtype([("scale", "<f2", (1,)), ("bytes", "i1", 32)])
 Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])  # the first 16 in the low halves
 
 
 def read_gguf(file):
-    """A GGUF file's metadata, and its tensors in bfloat16 by name."""
+    """The metadata of a file in GGUF, llama.cpp's format, and its tensors in bfloat16 by name."""
     def take(kind):
         return struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0]
 

@@ -95,7 +95,7 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
 
     No title is likelier than its own beginning: only those whose first BEGINNING tokens are as likely as the whole
-    positive, or nearly (bfloat16 rounds), need be scored to their end.
+    positive need be scored to their end, or nearly as likely: in bfloat16 a score moves by some tenths with its batch.
     """
     whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
     beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
@@ -224,7 +224,7 @@ class SASRec(nn.Module):
 
 
 def fit_sasrec(sequences, items, epochs=120, seed=0):
-    """SASRec trained for so many passes over the sequences, each a random window of at most 51 items.
+    """SASRec trained for so many passes: a step takes 128 sequences, drawn anew, a random window of 51 items of each.
 
     It never reads more of a history than it was trained on: further places would have no meaning yet.
     """

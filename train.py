@@ -80,7 +80,7 @@ SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "moments
 
 
 def stage_settings(args, stage):
-    """Everything that decides a stage's adapter, as it is kept in args.json."""
+    """What the command line says of a stage, as it is kept in args.json; main adds what its data and start decide."""
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
     settings["epochs"] = args.epochs if own else 1
@@ -152,7 +152,7 @@ def checksum(tensors):
 
 
 def lock(folder):
-    """Refuse a second run in the same folder while this process lives; the returned file holds the lock."""
+    """Refuse a second run in the same folder for as long as the returned file is open."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try:
@@ -241,12 +241,12 @@ def sizes(shot):
 def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
     main_process = evaluation.world()[0] == 0
-    held = lock(folder) if main_process else None  # as long as this function runs
+    held = lock(folder) if main_process else None  # never read: closed, it would free the lock
     shots, validation = prepare(model, tokenizer, dataset, settings)
     print("{} shots, {} examples; a tree has {:.0f} nodes, of which {:.0f} predict something, where rows would have "
           "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
     reference = None
-    if settings["stage"] == "dmpo":  # as long as the model is its own reference: no checkpoint is loaded yet
+    if settings["stage"] == "dmpo":  # before load_checkpoint: until then the model is its own reference
         reference = evaluation.log_probabilities(model, shots, desc="reference").float().split([*map(len, shots)])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
