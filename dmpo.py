@@ -101,7 +101,8 @@ def pack(shots):
     L, E = max(len(r) for _, responses in examples for r in responses), sum(len(edges) for _, _, edges, _ in trees)
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
     mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
-    paths, nodes, targets, n = torch.full((N, R, L), E), [], [], 0
+    paths = torch.full((N, R, L), E)
+    nodes, targets, n = [], [], 0
     for b, (tokens, parents, edges, by_example) in enumerate(trees):
         ids[b, :len(tokens)] = torch.tensor(tokens)
         for node, parent in enumerate(parents):
@@ -165,7 +166,8 @@ def pack_catalogue(responses, nodes=256, tokens=4096):
     Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` each, whose trunk is a
     single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
     """
-    parts, size, before = [], nodes, []  # as if a part were full: the first response opens one
+    parts, before = [], []
+    size = nodes  # as if a part were full: the first response opens one
     for i in sorted(range(len(responses)), key=responses.__getitem__):
         shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
         if size + len(responses[i]) - shared > nodes:
@@ -183,9 +185,10 @@ def catalogue_logps(model, prompt, catalogue):
 
     The prompt is computed once; all its trees then attend to its keys and values.
     """
-    device, past, seen = model.head.device, [], len(prompt) - 1
+    device, past = model.head.device, []
+    seen = len(prompt) - 1
     if seen:
-        model(torch.tensor([prompt[:-1]], device=device), past=past)
+        model(torch.tensor([prompt[:-1]], device=device), past=past)  # for the keys and values that it puts into past
     logps = torch.empty(sum(len(part) for _, parts in catalogue for part in parts), device=device)
     for batch, parts in catalogue:
         batch = batch.to(device)

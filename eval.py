@@ -59,7 +59,8 @@ def encode(model, tokenizer, dataset, examples, choices_seed=None):
 def log_probabilities(model, shots, desc=""):
     """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
     fewer candidates than another. A shot is a list of examples (prompt ids, [response ids, ..]) that share a tree."""
-    device, (me, processes) = model.head.device, world()
+    device = model.head.device
+    me, processes = world()
     starts = np.cumsum([0, *map(len, shots)])
     width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
@@ -265,7 +266,8 @@ def rank_by(fit, dataset, examples, sequences):
     Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
     those of a few shots: a positive gets a random place among its ties; the last would put the never seen below chance.
     """
-    number, result, rng = {item: i for i, item in enumerate(dataset.items)}, [], np.random.default_rng(0)
+    number = {item: i for i, item in enumerate(dataset.items)}
+    result, rng = [], np.random.default_rng(0)
     score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
     for example in examples:
         scores = score_items([number[item] for item in example.history])
@@ -355,8 +357,8 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
                 else ranks(score(model, encoded, desc=name)))
         ranked.setdefault(name, []).append(rank)
     if baselines:
-        traditional, last = rank_baselines(dataset, examples, sorted(seen)), list(ranked)[-1]
-        compared |= dict.fromkeys(traditional, last)
+        traditional = rank_baselines(dataset, examples, sorted(seen))
+        compared |= dict.fromkeys(traditional, list(ranked)[-1])
         ranked |= traditional
     label = {name: name if len(runs) == 1 else f"{name} x{len(runs)}" for name, runs in ranked.items()}
     rows = [(label[name], {key: values.mean(0) for key, values in measure(np.array(runs), count).items()},  # over runs
@@ -400,7 +402,8 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 
     adapters: [(name, folder or None, ..)]; each title's rank under every one of them is given.
     """
-    seen, last, scores = set(history), adapters[-1][0], {}
+    seen, scores = set(history), {}
+    last = adapters[-1][0]
     titles = [item for item in dataset.items if item not in seen]
     (prompt, responses), = encode(model, tokenizer, dataset, [data.Example("", history, titles[0], titles[1:])])
     catalogue = dmpo.pack_catalogue(responses)
@@ -481,7 +484,8 @@ def answer(model, tokenizer, dataset, adapters, args):
     history, positive = find_person(dataset, args.user, args.history)
     if len({name for name, *_ in adapters}) < len(adapters):
         raise ValueError("several adapters have one name: name the run that is to recommend")
-    named, latest, effects = [("base", None, {}), *adapters], history[-data.HISTORY:], None
+    named = [("base", None, {}), *adapters]
+    latest, effects = history[-data.HISTORY:], None
     if args.compare:
         return compare(model, tokenizer, dataset, named, latest, args.compare, width)
     report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
@@ -592,7 +596,8 @@ def choose_device(name, dtype):
 def matmul_rate(device, dtype, seconds=0.2):
     """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536), the best seen."""
     x, w = torch.randn(1536, 576, device=device).to(dtype), torch.randn(1536, 576, device=device).to(dtype)
-    repeats, best, end = 200 if device.type == "cuda" else 5, 0.0, time.perf_counter() + seconds
+    repeats = 200 if device.type == "cuda" else 5
+    best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         for _ in range(repeats):

@@ -182,7 +182,8 @@ def backward(model, shots, reference, settings):
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
     tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
-    shots, reference = shots[me::processes], reference and reference[me::processes]  # this process's part
+    shots = shots[me::processes]  # this process's part
+    reference = reference and reference[me::processes]
     for group in dmpo.group(shots, evaluation.NODES):
         batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += batch.nodes
@@ -250,17 +251,20 @@ def train(model, tokenizer, dataset, settings, folder):
         reference = evaluation.log_probabilities(model, shots, desc="reference").float().split([*map(len, shots)])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-    size, epochs, checkpoint = settings["batch_size"], settings["epochs"], folder / "checkpoint.safetensors"
+    size, epochs = settings["batch_size"], settings["epochs"]
     steps = math.ceil(len(shots) / size)  # of one epoch
     total = epochs * steps
-    done, lines, saved = load_checkpoint(checkpoint, model, optimizer, settings), [], time.perf_counter()
+    checkpoint = folder / "checkpoint.safetensors"
+    done = load_checkpoint(checkpoint, model, optimizer, settings)
+    lines, saved = [], time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
         bar = tqdm(range(done, total), settings["stage"], total, initial=done,
                    disable=None if main_process else True)
         for number in bar:
             epoch, start = number // steps + 1, number % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
-            picked, lr = order[start:start + size], learning_rate(number, total, settings["lr"])
+            picked = order[start:start + size]
+            lr = learning_rate(number, total, settings["lr"])
             line = {"step": number, **step(model, optimizer, lr, shots, reference, picked, settings)}
             lines.append(line)
             if (number + 1) % steps == 0:  # an epoch ends
@@ -342,8 +346,8 @@ def main():
             settings["rank"] = lora.load(model, start).lora_config["r"]
             settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")
         if (folder / "adapter_model.safetensors").exists():
-            saved, keys = llama.read_json(folder / "args.json"), settings if stage == args.stage else SHARED
-            require_same(folder, saved, settings, keys)
+            keys = settings if stage == args.stage else SHARED  # the command line's --lr and others are of its own stage
+            require_same(folder, llama.read_json(folder / "args.json"), settings, keys)
             print(f"{folder} holds this adapter already: going on with it (delete the folder to train it again)")
             lora.load(model, folder)
         else:
