@@ -173,18 +173,16 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     as often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
     ValueError if there are fewer shots.
     """
-    pool = dataset.items
-    if dataset.given:
-        pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
-        pool = pool if sample == "popular" else sorted(set(pool))
-    elif sample == "popular":
-        pool = [item for items in dataset.sequences.values() for item in items[:-2]]
     moments = min(moments, HISTORY)  # a shot has no more, and the next one must leave none out
     if dataset.given:
+        pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
         last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
         last = random.Random(f"{seed} shots").sample(last, len(last))
     else:
+        pool = [item for items in dataset.sequences.values() for item in items[:-2]]
         last = last_moments(dataset, seed, moments)
+    if sample != "popular":
+        pool = sorted(set(pool)) if dataset.given else dataset.items
     result = []
     for example, purpose in itertools.islice(last, count):
         touched = set(dataset.sequences[example.user])
@@ -211,8 +209,7 @@ def last_moments(dataset, seed, step):
             items = dataset.sequences[user]
             position = len(items) - 3 - back  # before the validation and the test item
             if position >= 1:  # something stands before it
-                yield (Example(user, items[max(0, position - HISTORY):position], items[position], []),
-                       f"train {back}" if back else "train")
+                yield Example(user, items[:position], items[position], []), f"train {back}" if back else "train"
 
 
 def interactions(dataset):

@@ -164,7 +164,7 @@ def pack_catalogue(responses, nodes=256, tokens=4096):
     """Many responses that will follow many prompts in turn -> [(Batch, indices of its responses), ..], made once.
 
     Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` each, whose trunk is a
-    single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds `tokens` nodes at most.
+    single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds about `tokens` nodes.
     """
     parts, before = [], []
     size = nodes  # as if a part were full: the first response opens one
@@ -180,15 +180,15 @@ def pack_catalogue(responses, nodes=256, tokens=4096):
     return [(pack([[([0], [responses[i] for i in part])] for part in batch]), batch) for batch in batches]
 
 
+@torch.no_grad()
 def catalogue_logps(model, prompt, catalogue):
-    """The log-probabilities of all of a catalogue's responses after one prompt (token ids) -> (N,) float32.
+    """The log-probabilities of all of a catalogue's responses after one prompt (token ids) -> (N,) float64 array.
 
-    The prompt is computed once; all its trees then attend to its keys and values.
+    The prompt is computed once; all its trees then attend to its keys and values. ValueError if one is not finite.
     """
     device, past = model.head.device, []
     seen = len(prompt) - 1
-    if seen:
-        model(torch.tensor([prompt[:-1]], device=device), past=past)  # for the keys and values that it puts into past
+    model(torch.tensor([prompt[:-1]], device=device), past=past)  # for the keys and values that it puts into past
     logps = torch.empty(sum(len(part) for _, parts in catalogue for part in parts), device=device)
     for batch, parts in catalogue:
         batch = batch.to(device)
@@ -196,10 +196,12 @@ def catalogue_logps(model, prompt, catalogue):
         ids[:, 0] = prompt[-1]
         mask = F.pad(batch.mask, (seen, 0), value=True)  # (rows, T, seen + T)
         batch = replace(batch, ids=ids, positions=batch.positions + seen, mask=mask)
-        found = response_logps(model, batch, past or None)  # a prompt of one token has no past
+        found = response_logps(model, batch, past)
         for row, part in enumerate(parts):
             logps[part] = found[row, :len(part)]
-    return logps
+    if not logps.isfinite().all():
+        raise ValueError("the model's log-probabilities are not finite: the weights are broken")
+    return logps.double().cpu().numpy()
 
 
 # The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's

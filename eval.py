@@ -65,7 +65,7 @@ def log_probabilities(model, shots, desc=""):
     width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
     groups = dmpo.group(shots, NODES)[me::processes]  # this process's part
-    for group in tqdm(groups, desc, leave=False, disable=None if me == 0 else True):
+    for group in tqdm(groups, desc, leave=False, disable=me > 0 or None):
         found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
         logps[where, :found.shape[1]] = found.double()
@@ -83,15 +83,6 @@ def score(model, examples, desc=""):
     return logps
 
 
-@torch.no_grad()
-def score_catalogue(model, prompt, catalogue):
-    """Log-probability of each of a catalogue's responses after one prompt -> (responses,) float64 array."""
-    scores = dmpo.catalogue_logps(model, prompt, catalogue).double().cpu().numpy()
-    if not np.isfinite(scores).all():
-        raise ValueError("the model's log-probabilities are not finite: the weights are broken")
-    return scores
-
-
 def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
 
@@ -106,12 +97,12 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
     mine = range(me, len(examples), processes)
-    for u in tqdm(mine, desc, leave=False, disable=None if me == 0 else True):
+    for u in tqdm(mine, desc, leave=False, disable=me > 0 or None):
         prompt = tokens[u][0]
-        bounds = score_catalogue(model, prompt, beginnings)
+        bounds = dmpo.catalogue_logps(model, prompt, beginnings)
         bounds[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
         rivals = [where[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
-        scores = score_catalogue(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals]))
+        scores = dmpo.catalogue_logps(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals]))
         result[u] = (scores >= scores[0]).sum()  # itself included
     return all_reduce(result.to(model.head.device)).cpu().numpy()
 
@@ -126,13 +117,11 @@ def measure(rank, candidates):
 
     With one positive, NDCG@K is 1/log2(1 + rank), 0 beyond K; with one negative, AUC is the share of pairs in order.
     """
-    def ndcg(k):
-        return np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
-
+    ndcg = {k: np.where(rank <= k, 1 / np.log2(1 + rank), 0.0) for k in (5, 10)}
     values = {"AUC": (rank == 1).astype(float)}
     if candidates > 2:
-        values = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 5, 10)} | {"NDCG@5": ndcg(5)}
-    return values | {"NDCG@10": ndcg(10), "MRR": 1 / rank}
+        values = {f"HR@{k}": (rank <= k).astype(float) for k in (1, 5, 10)} | {"NDCG@5": ndcg[5]}
+    return values | {"NDCG@10": ndcg[10], "MRR": 1 / rank}
 
 
 def interval(values, seed=0, draws=2000):
@@ -317,12 +306,11 @@ def find_adapters(paths):
             found.append((folder.name, folder, saved))
 
     def full(name, folder, saved):
-        alike = {other_folder: other for other_name, other_folder, other in found if other_name == name}
+        others = [other for other_name, place, other in found if other_name == name and place != folder]
         unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
-                  and any(other.get(key) != saved[key] for other in alike.values())]
-        twins = [other for other in alike.values()
-                 if all(other.get(key) == saved.get(key) for key in [*unlike, "seed", "data"])]
-        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike), *[str(folder)] * (len(twins) > 1)])
+                  and any(other.get(key) != saved[key] for other in others)]
+        twin = any(all(other.get(key) == saved.get(key) for key in [*unlike, "seed", "data"]) for other in others)
+        return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike), *[str(folder)] * twin])
 
     return [(full(*adapter), *adapter[1:]) for adapter in found]
 
@@ -351,7 +339,8 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
-        compared.setdefault(name, "base" if saved.get("stage") == "sft" or saved.get("init") == "base" else sft)
+        from_base = saved.get("init") == "base" and "reference" not in saved  # which a folder called "base" has
+        compared.setdefault(name, "base" if saved.get("stage") == "sft" or from_base else sft)
         sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, encoded, desc=name)))
@@ -374,6 +363,8 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
 def find_title(dataset, title, option):
     """The title as the data write it, whatever its capitals; ValueError with the closest ones where there is none."""
     known = {item.casefold(): item for item in dataset.items}
+    if title in dataset.items:
+        return title
     if title.casefold() not in known:
         close = difflib.get_close_matches(title.casefold(), known, 4, 0.4)
         raise ValueError(f"{option}: {dataset.name} has no {title!r}; the closest: "
@@ -409,7 +400,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     catalogue = dmpo.pack_catalogue(responses)
     for name, folder, *_ in adapters:
         lora.load(model, folder)
-        scores[name] = score_catalogue(model, prompt, catalogue)
+        scores[name] = dmpo.catalogue_logps(model, prompt, catalogue)
     order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
     rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
 
@@ -569,7 +560,7 @@ def barrier(device):
 def choose_device(name, dtype):
     """--device and --dtype to torch's; "auto" takes a GPU if there is one, bfloat16 if that is twice as fast.
 
-    If torchrun started this process, it joins the others here; only the first of them goes on printing.
+    If torchrun started this process, it joins the others here; only the first of them goes on printing to stdout.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -748,10 +739,10 @@ def write_json(path, value):
 def main():
     """The command: find model, data and adapters; then a table, a person's list, or the test of explanations."""
     args = parse()
-    run = Path("runs") / Path(args.data or "ml-100k").stem  # where train.py puts them
-    adapters = find_adapters(args.adapters or ([run] if any(run.glob("*/adapter_model.safetensors")) else []))
+    usual = Path("runs") / Path(args.data or "ml-100k").stem  # where train.py puts them
+    adapters = find_adapters(args.adapters or ([usual] if any(usual.glob("*/adapter_model.safetensors")) else []))
     if not adapters:
-        print(f"no adapter in {run} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
+        print(f"no adapter in {usual} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
     args.data = args.data or inherit(adapters, "data", "ml-100k")
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
     if args.prompt == "candidates" and (args.others == 0 or args.person or args.explain):

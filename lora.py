@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import nn
@@ -48,13 +47,9 @@ def adapters(model):
 
 
 def attach(model, rank=8, alpha=16, targets=TARGETS):
-    """Freeze the model and put a fresh adapter on every nn.Linear whose last name is in `targets`; returns the model.
-
-    Raises ValueError if there is none, or if the model has adapters already.
-    """
-    if adapters(model):
-        raise ValueError("this model has adapters already")
-    model.requires_grad_(False)
+    """Freeze the model and put a fresh adapter, instead of any before, on every nn.Linear whose last name is in
+    `targets`; returns the model. Raises ValueError if there is none."""
+    detach(model).requires_grad_(False)
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and name in targets]
     if not found:
@@ -108,7 +103,6 @@ def load(model, folder):
     if not saved or any(value.ndim != 2 or value.shape[0 if "lora_A" in key else 1] != config["r"]
                         for key, value in saved.items()):
         raise ValueError(f"{weights}: its tensors do not fit r {config['r']} in {path.name}")
-    detach(model)
     attach(model, config["r"], config["lora_alpha"], config["target_modules"])
     own = state(model)
     if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in saved.items()}:
@@ -120,14 +114,11 @@ def load(model, folder):
 
 def refuse_unsupported(path, config):
     """ValueError, naming the setting, unless the PEFT configuration describes a plain LoRA."""
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
-             "alora_invocation_tokens": None}
-    for key, value in plain.items():
-        if (config.get(key) or value) != value:
+    known = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}  # pissa alters the base
+    for key in (*known, "use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+                "layers_to_transform", "alora_invocation_tokens"):
+        if config.get(key) and config[key] not in known.get(key, []):
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # pissa and others alter the base model
-        raise ValueError(f"{path}: init_lora_weights {config['init_lora_weights']!r} is not supported")
     r, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise ValueError(f"{path}: r must be a positive integer and lora_alpha a positive number, not {r!r}, {alpha!r}")
@@ -159,23 +150,21 @@ def main():
     if len(sys.argv) != 4:
         sys.exit("usage: python lora.py BASE ADAPTER OUT")
     base, adapter, out = map(Path, sys.argv[1:])
-    try:
-        if list(out.glob("model-*.safetensors")):
-            raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
-        merged = merge(load(llama.load(base), adapter))
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            if (base / name).exists():
-                shutil.copy(base / name, out / name)
-        config = llama.read_json(base / "config.json") | {"dtype": "float32"}
-        config.pop("torch_dtype", None)  # dtype's old name
-        (out / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
-        os.replace(out / "model.safetensors.part", out / "model.safetensors")
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
+    if list(out.glob("model-*.safetensors")):
+        raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
+    merged = merge(load(llama.load(base), adapter))
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (base / name).exists():
+            shutil.copy(base / name, out / name)
+    config = llama.read_json(base / "config.json") | {"dtype": "float32"}
+    config.pop("torch_dtype", None)  # dtype's old name
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(out / "model.safetensors.part", out / "model.safetensors")
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    from eval import run  # which imports this file
+    run(main)

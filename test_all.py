@@ -372,7 +372,6 @@ def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
             (path / "adapter_model.safetensors").write_bytes(content)
             refused(lambda: lora.load(tiny(), path), "adapter")
         refused(lambda: lora.load(tiny(), path / "nowhere"), "nowhere")
-        refused(lambda: lora.attach(lora.attach(tiny())), "already")
 
 
 # data.py
@@ -866,7 +865,7 @@ def test_dmpo_with_one_negative_equals_trl():
 def test_catalogue_equals_scoring_every_title_alone():
     rng, model = random.Random(4), tiny()
     responses = [r for _, responses in random_examples(rng, 40, shared=True) for r in responses]
-    prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 2, 17)]
+    prompts = [[rng.randrange(300) for _ in range(n)] for n in (2, 17)]
     with torch.no_grad():
         for nodes, tokens in ((256, 4096), (16, 40)):  # in one piece, and cut into many
             catalogue = dmpo.pack_catalogue(responses, nodes, tokens)
@@ -1189,17 +1188,17 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name():
     with interrupted_run() as folder:
         status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft", "--lr", 0.01)
         assert status == 1 and f"lr {train.LEARNING_RATES['sft']}, not 0.01" in err, err
-        whole = (folder / "checkpoint.safetensors").read_bytes()
+        whole = (folder / "checkpoint").read_bytes()
         assert b".part" not in b"".join(bytes(p) for p in folder.iterdir())
         for at in (3, len(whole) // 2, len(whole) - 5):  # the header, an adapter or moment, the last of them
             damaged = bytearray(whole)
             damaged[at] ^= 0x40
-            (folder / "checkpoint.safetensors").write_bytes(damaged)
+            (folder / "checkpoint").write_bytes(damaged)
             status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft")
-            assert status == 1 and "checkpoint.safetensors" in err and "Traceback" not in err, err
-        (folder / "checkpoint.safetensors").write_bytes(whole)
+            assert status == 1 and "checkpoint" in err and "Traceback" not in err, err
+        (folder / "checkpoint").write_bytes(whole)
         status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft")
-        assert status == 0 and not (folder / "checkpoint.safetensors").exists(), err
+        assert status == 0 and not (folder / "checkpoint").exists(), err
 
 
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room():
@@ -1418,7 +1417,7 @@ def readers(folder):
     train.backward(model, [[([1, 2], [[3, 4]])]], None, {"stage": "sft"})
     optimizer.step()
     (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
-    train.save_checkpoint(run / "checkpoint.safetensors", model, optimizer, settings, 1)
+    train.save_checkpoint(run / "checkpoint", model, optimizer, settings, 1)
     (folder / "own.csv").write_text(CSV_HEADER + "".join(f"u{i % 3},{i},{i},Film {i}\n" for i in range(12)))
     (folder / "own.jsonl").write_text("".join(json.dumps(vars(example)) + "\n" for example in examples))
     wheel = folder / "no_such-1.0-py3-none-any.whl"
@@ -1440,8 +1439,7 @@ def readers(folder):
             base / "tokenizer.json": tokenizer,
             adapter / "adapter_config.json": lambda: (adapters(), lora.load(tiny(), adapter)),
             adapter / "adapter_model.safetensors": lambda: lora.load(tiny(), adapter), adapter / "args.json": adapters,
-            run / "checkpoint.safetensors": lambda: train.load_checkpoint(run / "checkpoint.safetensors", model,
-                                                                          optimizer, settings),
+            run / "checkpoint": lambda: train.load_checkpoint(run / "checkpoint", model, optimizer, settings),
             folder / "own.csv": lambda: data.load(f"{folder}/own.csv"),
             folder / "own.jsonl": lambda: data.load(f"{folder}/own.jsonl"),
             wheel: fetch}
@@ -1507,7 +1505,7 @@ def benchmark_catalogue():
 
     for name, rank, users in (
         ("two passes", lambda some: evaluation.catalogue_ranks(model, tokenizer, dataset, some), 6),
-        ("all to the end", lambda some: [evaluation.score_catalogue(model, tokens(example), catalogue)
+        ("all to the end", lambda some: [dmpo.catalogue_logps(model, tokens(example), catalogue)
                                          for example in some], 6),
         ("every title, a row each", lambda some: [row_by_row(example) for example in some], 1),
     ):

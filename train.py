@@ -105,50 +105,37 @@ def require_same(folder, saved, settings, keys):
 
 
 def save_checkpoint(path, model, optimizer, settings, steps):
-    """Write everything that the rest of a stage depends on, with a checksum; the file appears whole or not at all."""
-    tensors = {f"adapter.{key}": value for key, value in lora.state(model).items()}
+    """Write everything that the rest of a stage depends on, behind its sha256; the file appears whole or not at all."""
+    tensors = lora.state(model)
     for i, averages in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size,
-             "sha256": checksum(tensors)}
-    lora.write_file(path, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+    about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size}
+    content = json.dumps(about).encode() + b"\n" + safetensors.torch.save(tensors)
+    lora.write_file(path, hashlib.sha256(content).digest() + content)
 
 
 def load_checkpoint(path, model, optimizer, settings):
     """Set adapters, optimiser and log as they were -> steps done, 0 without a file; ValueError if it does not fit."""
     if not path.exists():
         return 0
-    try:
-        tensors = llama.read_tensors(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-        if about["sha256"] != checksum(tensors):
-            raise ValueError("its checksum is wrong")
-        saved, steps, logged = about["settings"], int(about["steps"]), int(about["logged"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a damaged checkpoint ({error}); delete it to start anew") from None
-    require_same(path.parent, saved, settings, settings)
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ValueError(f"{path}: a damaged checkpoint; delete it to start anew")
+    about, _, tensors = content[32:].partition(b"\n")
+    about, tensors = json.loads(about), safetensors.torch.load(tensors)
+    require_same(path.parent, about["settings"], settings, settings)  # so that the tensors fit, too
     for key, value in lora.state(model).items():
-        value.copy_(tensors[f"adapter.{key}"])
+        value.copy_(tensors.pop(key))
     state = optimizer.state_dict()
-    for key in tensors:
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = tensors[key]
+    for key, value in tensors.items():
+        _, i, name = key.split(".")
+        state["state"].setdefault(int(i), {})[name] = value
     optimizer.load_state_dict(state)
     with open(path.parent / "log.jsonl", "ab") as log:
-        log.truncate(min(logged, log.tell()))  # the steps after the checkpoint are taken once more
-    print(f"going on after step {steps}, from {path}")
-    return steps
-
-
-def checksum(tensors):
-    """sha256 over the names and bytes of tensors on the CPU."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode() + tensors[key].numpy().tobytes())
-    return digest.hexdigest()
+        log.truncate(min(about["logged"], log.tell()))  # the steps after the checkpoint are taken once more
+    print(f"going on after step {about['steps']}, from {path}")
+    return about["steps"]
 
 
 def lock(folder):
@@ -201,9 +188,8 @@ def backward(model, shots, reference, settings):
             stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
         loss.backward()
         stats["loss"] += loss.detach()
-    if processes > 1:
-        for p in (p for p in model.parameters() if p.requires_grad):  # no gradient: this process had no shot
-            p.grad = evaluation.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    for p in (p for p in model.parameters() if p.requires_grad):  # no gradient: this process had no shot
+        p.grad = evaluation.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
     return dict(zip(names, evaluation.all_reduce(values)))
 
@@ -254,12 +240,11 @@ def train(model, tokenizer, dataset, settings, folder):
     size, epochs = settings["batch_size"], settings["epochs"]
     steps = math.ceil(len(shots) / size)  # of one epoch
     total = epochs * steps
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / "checkpoint"
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     lines, saved = [], time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
-        bar = tqdm(range(done, total), settings["stage"], total, initial=done,
-                   disable=None if main_process else True)
+        bar = tqdm(range(done, total), settings["stage"], total, initial=done, disable=not main_process or None)
         for number in bar:
             epoch, start = number // steps + 1, number % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
@@ -340,7 +325,7 @@ def main():
         settings = {**stage_settings(args, stage), "dtype": dtype}
         if stage == "sft" or args.init == "base":
             torch.manual_seed(args.seed)
-            lora.attach(lora.detach(model), args.rank, 2 * args.rank)
+            lora.attach(model, args.rank, 2 * args.rank)
         else:  # what it starts from is its reference
             start = Path(args.out) / "sft" if args.init == "sft" else Path(args.init)
             settings["rank"] = lora.load(model, start).lora_config["r"]
