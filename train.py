@@ -331,7 +331,7 @@ def main():
             settings["rank"] = lora.load(model, start).lora_config["r"]
             settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")
         if (folder / "adapter_model.safetensors").exists():
-            keys = settings if stage == args.stage else SHARED  # the command line's --lr and others are of its own stage
+            keys = settings if stage == args.stage else SHARED  # --lr and others are of the own stage only
             require_same(folder, llama.read_json(folder / "args.json"), settings, keys)
             print(f"{folder} holds this adapter already: going on with it (delete the folder to train it again)")
             lora.load(model, folder)
