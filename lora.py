@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import nn
@@ -150,21 +151,23 @@ def main():
     if len(sys.argv) != 4:
         sys.exit("usage: python lora.py BASE ADAPTER OUT")
     base, adapter, out = map(Path, sys.argv[1:])
-    if list(out.glob("model-*.safetensors")):
-        raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
-    merged = merge(load(llama.load(base), adapter))
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (base / name).exists():
-            shutil.copy(base / name, out / name)
-    config = llama.read_json(base / "config.json") | {"dtype": "float32"}
-    config.pop("torch_dtype", None)  # dtype's old name
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(out / "model.safetensors.part", out / "model.safetensors")
+    try:
+        if list(out.glob("model-*.safetensors")):
+            raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
+        merged = merge(load(llama.load(base), adapter))
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (base / name).exists():
+                shutil.copy(base / name, out / name)
+        config = llama.read_json(base / "config.json") | {"dtype": "float32"}
+        config.pop("torch_dtype", None)  # dtype's old name
+        (out / "config.json").write_text(json.dumps(config, indent=2))
+        save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
+        os.replace(out / "model.safetensors.part", out / "model.safetensors")
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    from eval import run  # which imports this file
-    run(main)
+    main()

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as save_tensors
 from tqdm import tqdm
 
 import data
@@ -111,7 +112,7 @@ def save_checkpoint(path, model, optimizer, settings, steps):
         tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
     tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
     about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size}
-    content = json.dumps(about).encode() + b"\n" + safetensors.torch.save(tensors)
+    content = json.dumps(about).encode() + b"\n" + save_tensors(tensors)
     lora.write_file(path, hashlib.sha256(content).digest() + content)
 
 
@@ -123,7 +124,7 @@ def load_checkpoint(path, model, optimizer, settings):
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{path}: a damaged checkpoint; delete it to start anew")
     about, _, tensors = content[32:].partition(b"\n")
-    about, tensors = json.loads(about), safetensors.torch.load(tensors)
+    about, tensors = json.loads(about), parse_tensors(tensors)
     require_same(path.parent, about["settings"], settings, settings)  # so that the tensors fit, too
     for key, value in lora.state(model).items():
         value.copy_(tensors.pop(key))
