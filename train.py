@@ -189,8 +189,11 @@ def backward(model, shots, reference, settings):
             stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
         loss.backward()
         stats["loss"] += loss.detach()
-    for p in (p for p in model.parameters() if p.requires_grad):  # no gradient: this process had no shot
-        p.grad = evaluation.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    if processes > 1:  # all gradients in one message; there is none where this process had no shot
+        trained = [p for p in model.parameters() if p.requires_grad]
+        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        for p, grad in zip(trained, evaluation.all_reduce(whole).split([p.numel() for p in trained])):
+            p.grad = grad.view_as(p)
     values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
     return dict(zip(names, evaluation.all_reduce(values)))
 
