@@ -63,12 +63,12 @@ def year_first(item):
     return re.sub(r"^(.+) \((\d{4})\)$", r"\2 \1", item)
 
 
-def prompt(history, heading="Movies watched, in order:", choices=()):
+def prompt(history, heading="Movies watched, in order:", candidates=()):
     """The latest titles as a numbered list that ends in the next number, for the model to continue.
 
-    With `choices`, the list is preceded by the candidates, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
+    With `candidates`, the list is preceded by those, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
     """
-    lines = ["One of these comes next:", *(f"- {year_first(item)}" for item in choices), ""] if choices else []
+    lines = ["One of these comes next:", *(f"- {year_first(item)}" for item in candidates), ""] if candidates else []
     lines += [heading, *(f"{number}. {year_first(item)}" for number, item in enumerate(history[-HISTORY:], 1))]
     return "\n".join([*lines, f"{len(history[-HISTORY:]) + 1}."])
 
@@ -78,16 +78,16 @@ def response(item):
     return f" {year_first(item)}\n"
 
 
-def tokenize(tokenizer, example, heading, choices_seed=None):
+def tokenize(tokenizer, example, heading, shuffle_seed=None):
     """Token ids of an example's prompt, and of each response, the positive's first.
 
-    With a `choices_seed`, the prompt lists the candidates, shuffled.
+    With a `shuffle_seed`, the prompt lists the candidates, shuffled.
     """
     candidates = [example.positive, *example.negatives]
     responses = [tokenize_response(tokenizer, item) for item in candidates]
-    if choices_seed is not None:
-        random.Random(f"{choices_seed} choices {example.user} {example.history}").shuffle(candidates)
-    text = prompt(example.history, heading, candidates if choices_seed is not None else ())
+    if shuffle_seed is not None:
+        random.Random(f"{shuffle_seed} choices {example.user} {example.history}").shuffle(candidates)
+    text = prompt(example.history, heading, candidates if shuffle_seed is not None else ())
     return tokenizer.encode(text).ids, responses
 
 

@@ -44,9 +44,9 @@ BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 # From scores to numbers
 
 
-def encode(model, tokenizer, dataset, examples, choices_seed=None):
+def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
-    result = [data.tokenize(tokenizer, example, dataset.heading, choices_seed) for example in examples]
+    result = [data.tokenize(tokenizer, example, dataset.heading, shuffle_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
         tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
         if tokens > most:
@@ -91,7 +91,7 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """
     whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
     beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
-    where = {item: i for i, item in enumerate(dataset.items)}
+    index = {item: i for i, item in enumerate(dataset.items)}
     tokens = encode(model, tokenizer, dataset, examples)
     least = score(model, tokens, desc=desc)[:, 0] - 0.5
     me, processes = world()
@@ -100,8 +100,8 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     for u in tqdm(mine, desc, leave=False, disable=me > 0 or None):
         prompt = tokens[u][0]
         bounds = dmpo.catalogue_logps(model, prompt, beginnings)
-        bounds[[where[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
-        rivals = [where[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
+        bounds[[index[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
+        rivals = [index[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
         scores = dmpo.catalogue_logps(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals]))
         result[u] = (scores >= scores[0]).sum()  # itself included
     return all_reduce(result.to(model.head.device)).cpu().numpy()
@@ -255,15 +255,15 @@ def rank_by(fit, dataset, examples, sequences):
     Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
     those of a few shots: a positive gets a random place among its ties; the last would put the never seen below chance.
     """
-    number = {item: i for i, item in enumerate(dataset.items)}
+    index = {item: i for i, item in enumerate(dataset.items)}
     result, rng = [], np.random.default_rng(0)
-    score_items = fit([[number[item] for item in sequence] for sequence in sequences], len(number))
+    score_items = fit([[index[item] for item in sequence] for sequence in sequences], len(index))
     for example in examples:
-        scores = score_items([number[item] for item in example.history])
-        others = [number[item] for item in example.negatives]
+        scores = score_items([index[item] for item in example.history])
+        others = [index[item] for item in example.negatives]
         if not others:
-            others = np.delete(np.arange(len(number)), [number[item] for item in dataset.sequences[example.user]])
-        ahead = scores[others] - scores[number[example.positive]]  # > 0 better, 0 a tie
+            others = np.delete(np.arange(len(index)), [index[item] for item in dataset.sequences[example.user]])
+        ahead = scores[others] - scores[index[example.positive]]  # > 0 better, 0 a tie
         result.append(1 + (ahead > 0).sum() + rng.integers((ahead == 0).sum() + 1))
     return np.array(result)
 
@@ -457,16 +457,16 @@ def print_person(report, effects, width):
         f" ({', '.join(others)}: their ranks for the same title):" if others else ":")
     print(f"\n{textwrap.fill(text, width)}\n")
     print("  rank   score" + "".join(f"{other:>{max(7, len(other) + 1)}}" for other in others) + "  title")
-    for number, row in enumerate(rows):
-        if number == len(report["recommended"]):
+    for i, row in enumerate(rows):
+        if i == len(report["recommended"]):
             print("   ...")
         start = f"{row['rank'][name]:6}{row['score']:8.2f}" + "".join(
             f"{row['rank'][other]:{max(7, len(other) + 1)}}" for other in others)
         mark = "  <- what came next" if row["held_out"] else ""
         print(f"{start}  {cut(row['title'], max(10, width - len(start) - 2 - len(mark)))}{mark}")
-        if effects is not None and number < len(effects):
-            best = np.argsort(-effects[number])
-            print_bars(latest, effects[number], dict.fromkeys([*best[:3], best[-1]]), width)
+        if effects is not None and i < len(effects):
+            best = np.argsort(-effects[i])
+            print_bars(latest, effects[i], dict.fromkeys([*best[:3], best[-1]]), width)
 
 
 def answer(model, tokenizer, dataset, adapters, args):
@@ -651,7 +651,7 @@ def run(main):
 # The command line
 
 
-def number(kind, low, high=math.inf):
+def bounded(kind, low, high=math.inf):
     """argparse type: an int or a float, at least `low` and below `high`."""
     def read(text):
         if not low <= kind(text) < high:
@@ -663,7 +663,7 @@ def number(kind, low, high=math.inf):
 
 def candidates(text):
     """argparse type: how many others to rank the held-out item among, N - 1; 0 for "all"; or "given"."""
-    return {"all": 0, "given": "given"}[text] if text in ("all", "given") else number(int, 2)(text) - 1
+    return {"all": 0, "given": "given"}[text] if text in ("all", "given") else bounded(int, 2)(text) - 1
 
 
 def add_shared_options(parser, dataset):
@@ -687,21 +687,21 @@ def parse():
     parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
-    parser.add_argument("--users", type=number(int, 1),
+    parser.add_argument("--users", type=bounded(int, 1),
                         help="evaluate a random sample of so many users (default: all; --explain alone: 200)")
     parser.add_argument("--candidates", type=candidates, dest="others", metavar="N",
                         help="rank the held-out item among so many, itself included; all: every item that the user "
                              "has not touched; given: those that the data bring (default: given if any, else 20)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 63), default=0,
+    parser.add_argument("--seed", type=bounded(int, 0, 2 ** 63), default=0,
                         help="draws the candidates and the users (default: 0)")
     parser.add_argument("--baselines", action="store_true", help="also popularity, item neighbours, a Markov chain and "
                         "SASRec, each trained on the adapters' shots and on everybody's data")
     person = parser.add_mutually_exclusive_group()
     person.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
     person.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
-    parser.add_argument("--top", type=number(int, 1), default=10, help="so many of them (default: %(default)s)")
+    parser.add_argument("--top", type=bounded(int, 1), default=10, help="so many of them (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")

@@ -1281,7 +1281,7 @@ def test_a_step_moves_the_adapters_by_the_learning_rate_along_the_clipped_gradie
     flat = lambda: torch.cat([p.detach().flatten() for p in trained])
     before, shots = flat(), [[example] for example in random_examples(random.Random(8), 3)]
     with mock.patch.object(dmpo, "sft_loss", lambda logps, tokens: -1000 * logps[:, 0].sum()):  # a long gradient
-        line = train.step(model, torch.optim.SGD(trained, lr=9.0), 0.01, shots, None, [2, 0], {"stage": "sft"})
+        line = train.update(model, torch.optim.SGD(trained, lr=9.0), 0.01, shots, None, [2, 0], {"stage": "sft"})
     close((flat() - before).norm(), 0.01, 1e-4)
     assert line["lr"] == 0.01 and all(p.grad is None for p in trained)
     close(line["examples_per_s"] * line["seconds"], 2.0, 1e-6)
@@ -1337,13 +1337,13 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another():
 def interrupted_run(*args):
     """A toy run, in its folder, that was cut off after four steps, by default of SFT, and left its checkpoint."""
     with toy_world(), mock.patch.object(train, "CHECKPOINT_SECONDS", 0):
-        original, calls = train.step, itertools.count(1)
+        original, calls = train.update, itertools.count(1)
 
         def failing(*arguments):
             if next(calls) > 4:
                 raise OSError("No space left on device")
             return original(*arguments)
-        with mock.patch.object(train, "step", failing):
+        with mock.patch.object(train, "update", failing):
             status, _, err = command(train.main, *TOY, "--epochs", 3, "--stage", "sft", *args)
         assert status == 1 and "No space left" in err, err
         yield Path("runs/toy/sft")

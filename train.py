@@ -38,13 +38,13 @@ HARD = 5  # --sample hard picks among so many times as many negatives
 def parse():
     """The command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
-    add, positive, above_zero = parser.add_argument, evaluation.number(int, 1), evaluation.number(float, 1e-12)
+    add, positive, above_zero = parser.add_argument, evaluation.bounded(int, 1), evaluation.bounded(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
     evaluation.add_shared_options(parser, "ml-100k")
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
-    add("--moments", type=evaluation.number(int, 1, data.HISTORY + 1), default=data.HISTORY,
+    add("--moments", type=evaluation.bounded(int, 1, data.HISTORY + 1), default=data.HISTORY,
         help="of each history learn the latest so many items, each after those before it; 1: the last alone, as the "
              "paper does (default: %(default)s)")
     add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
@@ -62,7 +62,7 @@ def parse():
         "(default: given, filled up uniformly)")
     add("--prompt", choices=("history", "candidates"), default="history",
         help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
-    add("--seed", type=evaluation.number(int, 0, 2 ** 63), default=0,
+    add("--seed", type=evaluation.bounded(int, 0, 2 ** 63), default=0,
         help="draws shots, negatives, adapters, order (default: 0)")
     add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
         "eval.py takes all)")
@@ -201,10 +201,10 @@ def backward(model, shots, reference, settings):
 def prepare(model, tokenizer, dataset, settings):
     """The stage's shots, each a list of examples, and the validation examples, as token ids."""
     seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
-    choices_seed = seed if settings["prompt"] == "candidates" else None
+    shuffle_seed = seed if settings["prompt"] == "candidates" else None
     shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample,
                        settings["moments"])
-    shots = [evaluation.encode(model, tokenizer, dataset, shot, choices_seed) for shot in shots]
+    shots = [evaluation.encode(model, tokenizer, dataset, shot, shuffle_seed) for shot in shots]
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
         scores = evaluation.log_probabilities(model, shots, desc="hard negatives")[:, 1:]  # (N, 5k)
         hardest = iter(scores.argsort(descending=True)[:, :k].tolist())
@@ -212,7 +212,7 @@ def prepare(model, tokenizer, dataset, settings):
                  for shot in shots]
     none = dataset.given and not dataset.given["validation"]
     validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
-    validation = evaluation.encode(model, tokenizer, dataset, validation, choices_seed)
+    validation = evaluation.encode(model, tokenizer, dataset, validation, shuffle_seed)
     if settings["stage"] == "sft":  # which learns from the positive alone
         shots = [[(prompt, responses[:1]) for prompt, responses in shot] for shot in shots]
     return shots, validation
@@ -249,14 +249,14 @@ def train(model, tokenizer, dataset, settings, folder):
     lines, saved = [], time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
         bar = tqdm(range(done, total), settings["stage"], total, initial=done, disable=not main_process or None)
-        for number in bar:
-            epoch, start = number // steps + 1, number % steps * size
+        for step in bar:
+            epoch, start = step // steps + 1, step % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
             picked = order[start:start + size]
-            lr = learning_rate(number, total, settings["lr"])
-            line = {"step": number, **step(model, optimizer, lr, shots, reference, picked, settings)}
+            lr = learning_rate(step, total, settings["lr"])
+            line = {"step": step, **update(model, optimizer, lr, shots, reference, picked, settings)}
             lines.append(line)
-            if (number + 1) % steps == 0:  # an epoch ends
+            if (step + 1) % steps == 0:  # an epoch ends
                 loss = np.mean([one["loss"] for one in lines[-steps:]])
                 told = f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}"
                 if validation:
@@ -268,8 +268,8 @@ def train(model, tokenizer, dataset, settings, folder):
             log.flush()
             bar.set_postfix({key: f"{line[key]:.3g}" for key in ("loss", "reward_accuracy", "margin", "examples_per_s")
                              if key in line})
-            if main_process and number + 1 < total and time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(checkpoint, model, optimizer, settings, number + 1)
+            if main_process and step + 1 < total and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, model, optimizer, settings, step + 1)
                 saved = time.perf_counter()
     if main_process:
         evaluation.write_json(folder / "args.json", settings)
@@ -279,7 +279,7 @@ def train(model, tokenizer, dataset, settings, folder):
     report_speed(model, lines)
 
 
-def step(model, optimizer, lr, shots, reference, picked, settings):
+def update(model, optimizer, lr, shots, reference, picked, settings):
     """One update with the shots of these indices -> its line of the log; ValueError if the loss is not finite."""
     began, shots = time.perf_counter(), [shots[i] for i in picked]
     optimizer.param_groups[0]["lr"] = lr
