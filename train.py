@@ -233,6 +233,7 @@ def train(model, tokenizer, dataset, settings, folder):
     """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # never read: closed, it would free the lock
+    evaluation.barrier(model.head.device)  # until the folder is ours the other processes leave it alone
     shots, validation = prepare(model, tokenizer, dataset, settings)
     print("{} shots, {} examples; a tree has {:.0f} nodes, of which {:.0f} predict something, where rows would have "
           "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
