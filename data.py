@@ -164,9 +164,9 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     """`count` shots. From sequences: one per user, which ends in the latest training item; then a second one per user,
     which ends `moments` items earlier, and so on. From given training examples: one for each, shuffled.
 
-    A shot is a list of Examples of one user. Of its titles, at most HISTORY and the one that came next, it asks for
-    titles[1] after titles[:1], titles[2] after titles[:2], ..: a moment each, of which the last `moments` are taken. No
-    two shots of a sequence share a moment, and a smaller count with the same seed is a part of the larger.
+    A shot is a list of Examples of one user, one for each moment. Its titles are at most HISTORY and the one that came
+    next; the moments ask for titles[1] after titles[:1], titles[2] after titles[:2], ..; the last `moments` of them are
+    taken. No two shots of a sequence share a moment, and a smaller count with the same seed is a part of the larger.
 
     Negatives are drawn from all titles (of the training examples, where the data bring those) that the user never
     touched, training or held out: each alike (`sample` "uniform"; "hard", too, among which train.py then chooses), or

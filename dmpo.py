@@ -154,7 +154,7 @@ def response_logps(model, batch, past=None):
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
     # embedding(sources, hidden) is hidden[sources], but adds up its gradient, the sum over what a node predicts, in a
-    # fixed order: the same run gives the same bits. (Of mere numbers, as below, indexing does so, too.)
+    # fixed order: the same run gives the same bits. (For a vector, as in the next lines, indexing does so, too.)
     chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended

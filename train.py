@@ -169,7 +169,7 @@ def backward(model, shots, reference, settings):
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
-    tokens = sum(len(responses[0]) for shot in shots for _, responses in shot)
+    predicted = sum(len(responses[0]) for shot in shots for _, responses in shot)  # tokens that SFT learns
     shots = shots[me::processes]  # this process's part
     reference = reference and reference[me::processes]
     for group in dmpo.group(shots, evaluation.NODES):
@@ -179,7 +179,7 @@ def backward(model, shots, reference, settings):
         batch = batch.to(model.head.device)
         policy = dmpo.response_logps(model, batch)  # (N, 1+k)
         if settings["stage"] == "sft":
-            loss = dmpo.sft_loss(policy, tokens)
+            loss = dmpo.sft_loss(policy, predicted)
         else:
             ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
             loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
