@@ -267,11 +267,11 @@ def from_events(events):
 
 
 def load_ml_100k(inter, item):
-    """MovieLens-100K as RecBole ships it: tab-separated, a header line that names each column and its type."""
-    titles = dict(read_table(item, ["item_id", "movie_title", "release_year"], lambda film, title, year: (
-        film, articles_first(f"{title} ({year})" if year else title)), quoting=csv.QUOTE_NONE))
-    return from_events(read_table(inter, ["user_id", "item_id", "timestamp"], lambda user, film, time: (
-        user, float(time), titles[film]), quoting=csv.QUOTE_NONE))
+    """MovieLens-100K as RecBole ships it: tabs between columns, whose names are the first line."""
+    films, ratings = ([line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines()[1:]]
+                      for path in (item, inter))
+    titles = {film: articles_first(f"{title} ({year})" if year else title) for film, title, year, _ in films}
+    return from_events((user, float(time), titles[film]) for user, film, _, time in ratings)
 
 
 def load_ml_1m(archive):
@@ -286,41 +286,36 @@ def load_ml_1m(archive):
 
 
 def load_interactions(path):
-    """Your own: a table with a header and the columns user, item, timestamp, title.
+    """Your own: a table with a header and the columns user, item, timestamp, title; ValueError names a bad line.
 
     The item's id only says that rows belong together: an id with two titles is refused.
     """
-    titles = {}
+    def events():
+        titles, columns = {}, ("user", "item", "timestamp", "title")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",", strict=True)
+            try:
+                header = [name.strip() for name in next(rows, [])]
+                if missing := [name for name in columns if name not in header]:
+                    raise ValueError(f"no column is called {', '.join(missing)}")
+                where = [header.index(name) for name in columns]
+                for cells in filter(None, rows):  # all but the empty lines
+                    if len(cells) != len(header):
+                        raise ValueError(f"{len(cells)} columns, not {len(header)}")
+                    user, item, time, title = (cells[i] for i in where)
+                    title = one_line(title)
+                    if not user or not title:
+                        raise ValueError(f"there is no {'title' if user else 'user'}")
+                    if titles.setdefault(item, title) != title:
+                        raise ValueError(f"item {item[:40]!r} is {title[:60]!r} here, but {titles[item][:60]!r} on an "
+                                         "earlier line")
+                    if not math.isfinite(float(time)):
+                        raise ValueError(f"{time!r} is not a number")
+                    yield sys.intern(user), float(time), titles[item]  # one copy of each text
+            except (csv.Error, ValueError) as error:  # or what is no UTF-8
+                raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
 
-    def event(user, item, time, title):
-        title = one_line(title)
-        if not user or not title:
-            raise ValueError(f"there is no {'title' if user else 'user'}")
-        if titles.setdefault(item, title) != title:
-            raise ValueError(f"item {item[:40]!r} is {title[:60]!r} here, but {titles[item][:60]!r} on an earlier line")
-        if not math.isfinite(float(time)):
-            raise ValueError(f"{time!r} is not a number")
-        return sys.intern(user), float(time), titles[item]  # one copy of each text
-
-    delimiter = "\t" if Path(path).suffix == ".tsv" else ","
-    return from_events(read_table(path, ["user", "item", "timestamp", "title"], event, delimiter))
-
-
-def read_table(path, columns, read, delimiter="\t", quoting=csv.QUOTE_MINIMAL):
-    """What `read` makes of the named columns' cells, row by row; ValueError with the line number for a bad row."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            header = [name.split(":")[0].strip() for name in next(rows, [])]  # RecBole's names go on with a type
-            if missing := [name for name in columns if name not in header]:
-                raise ValueError(f"no column is called {', '.join(missing)}")
-            where = [header.index(name) for name in columns]
-            for cells in filter(None, rows):  # all but the empty lines
-                if len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} columns, not {len(header)}")
-                yield read(*(cells[i] for i in where))
-        except (csv.Error, ValueError) as error:  # or what is no UTF-8, or what `read` found
-            raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
+    return from_events(events())
 
 
 def load_examples(path):

@@ -712,14 +712,13 @@ def test_the_authors_released_data_have_the_shape_that_the_readme_states():
 def test_ties_in_time_decide_what_is_last_in_ml_100k():
     if not all((data.cache() / name).exists() for name in ("ml-100k.inter", "ml-100k.item")):
         raise unittest.SkipTest("MovieLens-100K is not in the cache")
-    rows = list(data.read_table(data.cache() / "ml-100k.inter", ["user_id", "item_id", "timestamp"],
-                                lambda *cells: cells))
-    seconds = Counter((user, second) for user, _, second in rows)
+    rows = [line.split("\t") for line in (data.cache() / "ml-100k.inter").read_text().splitlines()[1:]]
+    seconds = Counter((user, second) for user, _, _, second in rows)
     assert 0.75 < sum(count for count in seconds.values() if count > 1) / len(rows) < 0.77
     ndcg = {}
     for order in ("film", "file"):
         dataset = data.from_events((user, (float(time), int(film) if order == "film" else line), film)
-                                   for line, (user, film, time) in enumerate(rows))
+                                   for line, (user, film, _, time) in enumerate(rows))
         rank = evaluation.rank_by(evaluation.fit_popularity, dataset, data.heldout(dataset, "test", 19),
                                   data.interactions(dataset))
         ndcg[order] = evaluation.measure(rank, 20)["NDCG@10"].mean()
