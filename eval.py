@@ -554,7 +554,7 @@ def all_reduce(tensor):
 
 def barrier(device):
     """Wait until all processes have come to this point."""
-    all_reduce(torch.zeros(1, device=device))
+    all_reduce(torch.zeros(1, device=device)).item()  # read, as on GPUs a reduction alone does not hold up the process
 
 
 def choose_device(name, dtype):
@@ -703,6 +703,8 @@ def parse():
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
     if args.others is not None and (args.person or args.explain):

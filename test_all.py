@@ -1554,6 +1554,7 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, [*TOY, "--negatives", "100"], "too few"), (train.main, [*TOY, "--out", "file"], "file"),
             (evaluation.main, ["--candidates", "1"], "--candidates"), (evaluation.main, ["--users", "-3"], "--users"),
             (evaluation.main, ["--model", "small", "--data", "toy.csv"], "256 tokens"),
+            (evaluation.main, ["--json", "nowhere/x.json"], "--json"),
             (evaluation.main, ["nowhere"], "nowhere"), (evaluation.main, ["base"], "no adapter"),
             (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "500"], "too few"),
             (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "given"], "no candidates"),

@@ -145,7 +145,7 @@ def lock(folder):
     file = open(folder / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{folder}: another run is at work here: wait for it, or choose another --out") from None
     return file
 
