@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-HISTORY = 10  # the latest items that a prompt lists
+HISTORY = 10  # a prompt lists the latest so many items, unless --latest says otherwise
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Dataset:
     given: dict[str, list[Example]] | None = None  # "train", "validation" and "test", where the data bring examples
     name: str = ""
     heading: str = "Items chosen, in order:"  # what a prompt begins with
+    latest: int = HISTORY  # and how many items of a history it lists
 
 
 # Text and tokens
@@ -64,13 +65,13 @@ def year_first(item):
 
 
 def prompt(history, heading="Movies watched, in order:", candidates=()):
-    """The latest titles as a numbered list that ends in the next number, for the model to continue.
+    """The titles as a numbered list that ends in the next number, for the model to continue.
 
     With `candidates`, the list is preceded by those, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
     """
     lines = ["One of these comes next:", *(f"- {year_first(item)}" for item in candidates), ""] if candidates else []
-    lines += [heading, *(f"{number}. {year_first(item)}" for number, item in enumerate(history[-HISTORY:], 1))]
-    return "\n".join([*lines, f"{len(history[-HISTORY:]) + 1}."])
+    lines += [heading, *(f"{number}. {year_first(item)}" for number, item in enumerate(history, 1))]
+    return "\n".join([*lines, f"{len(history) + 1}."])
 
 
 def response(item):
@@ -164,16 +165,17 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     """`count` shots. From sequences: one per user, which ends in the latest training item; then a second one per user,
     which ends `moments` items earlier, and so on. From given training examples: one for each, shuffled.
 
-    A shot is a list of Examples of one user, one for each moment. Its titles are at most HISTORY and the one that came
-    next; the moments ask for titles[1] after titles[:1], titles[2] after titles[:2], ..; the last `moments` of them are
-    taken. No two shots of a sequence share a moment, and a smaller count with the same seed is a part of the larger.
+    A shot is a list of Examples of one user, one for each moment. Its titles are at most dataset.latest and the one
+    that came next; the moments ask for titles[1] after titles[:1], titles[2] after titles[:2], ..; the last `moments`
+    of them are taken. No two shots of a sequence share a moment, and a smaller count with the same seed is a part of
+    the larger.
 
     Negatives are drawn from all titles (of the training examples, where the data bring those) that the user never
     touched, training or held out: each alike (`sample` "uniform"; "hard", too, among which train.py then chooses), or
     as often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
     ValueError if there are fewer shots.
     """
-    moments = min(moments, HISTORY)  # a shot has no more, and the next one must leave none out
+    moments = min(moments, dataset.latest)  # a shot has no more, and the next one must leave none out
     if dataset.given:
         pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
         last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
@@ -186,7 +188,7 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     result = []
     for example, purpose in itertools.islice(last, count):
         touched = set(dataset.sequences[example.user])
-        titles, shot = [*example.history[-HISTORY:], example.positive], []
+        titles, shot = [*example.history[-dataset.latest:], example.positive], []
         for end in range(max(1, len(titles) - moments), len(titles)):
             latest = end == len(titles) - 1
             known = example.negatives[:negatives] if latest and sample == "given" else []
@@ -223,18 +225,18 @@ def interactions(dataset):
 # Data sets
 
 
-def load(name, noun=None, verb=None):
+def load(name, noun=None, verb=None, latest=HISTORY):
     """The Dataset called `name` in DATASETS, fetched if need be, or read from a .csv, .tsv or .jsonl file.
 
-    Prompts call what users did "<noun> <verb>", such as "films watched". Raises ValueError for an unknown name or a bad
-    file, OSError if it cannot be had.
+    Prompts call what users did "<noun> <verb>", such as "films watched", and list the `latest` of them. Raises
+    ValueError for an unknown name or a bad file, OSError if it cannot be had.
     """
     own = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}.get(Path(name).suffix)
     if name not in DATASETS and not own:
         raise ValueError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, *.tsv or *.jsonl")
     read, *wording = DATASETS.get(name) or (lambda: own(name), "items", "chosen")
     heading = f"{noun or wording[0]} {verb or wording[1]}, in order:"
-    return replace(read(), name=name, heading=heading[0].upper() + heading[1:])
+    return replace(read(), name=name, heading=heading[0].upper() + heading[1:], latest=latest)
 
 
 def one_line(title):

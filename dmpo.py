@@ -13,6 +13,7 @@ Notable:
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -99,24 +100,23 @@ def pack(shots):
     B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
     N, R = len(examples), max(len(responses) for _, responses in examples)
     L, E = max(len(r) for _, responses in examples for r in responses), sum(len(edges) for _, _, edges, _ in trees)
-    ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
-    mask = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding attends to itself: a softmax needs something
-    paths = torch.full((N, R, L), E)
+    ids, positions, paths = np.zeros((B, T), int), np.zeros((B, T), int), np.full((N, R, L), E)
+    mask = np.eye(T, dtype=bool)[None].repeat(B, 0)  # padding attends to itself: a softmax needs something
     nodes, targets, n = [], [], 0
     for b, (tokens, parents, edges, by_example) in enumerate(trees):
-        ids[b, :len(tokens)] = torch.tensor(tokens)
+        ids[b, :len(tokens)] = tokens
         for node, parent in enumerate(parents):
             if parent >= 0:
                 mask[b, node] |= mask[b, parent]
         positions[b, :len(tokens)] = mask[b, :len(tokens)].sum(-1) - 1  # depth: the number of ancestors
         for example_paths in by_example:
             for r, path in enumerate(example_paths):
-                paths[n, r, :len(path)] = torch.tensor(path) + len(targets)
+                paths[n, r, :len(path)] = np.add(path, len(targets))
             n += 1
         nodes += [b * T + node for node, _ in edges]
         targets += [token for _, token in edges]
-    predicting, sources = torch.tensor(nodes).unique(return_inverse=True)
-    return Batch(ids, positions, mask, predicting, sources, torch.tensor(targets), paths)
+    predicting, sources = np.unique(nodes, return_inverse=True)
+    return Batch(*map(torch.from_numpy, (ids, positions, mask, predicting, sources, np.array(targets), paths)))
 
 
 class LogSumExp(torch.autograd.Function):

@@ -46,6 +46,7 @@ BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
 
 def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
     """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
+    examples = [replace(example, history=example.history[-dataset.latest:]) for example in examples]
     result = [data.tokenize(tokenizer, example, dataset.heading, shuffle_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
         tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
@@ -269,13 +270,13 @@ def rank_by(fit, dataset, examples, sequences):
 
 
 def rank_baselines(dataset, examples, seen):
-    """Every traditional method, fitted to exactly the [(shots, seed, moments)] that adapters saw, and to all that users
-    did before the validation item -> {name: [ranks (users,)]}."""
+    """Every traditional method, fitted to exactly the [(shots, seed, moments, latest)] that adapters saw, and to all
+    that users did before the validation item -> {name: [ranks (users,)]}."""
     ranked = {}
     for name, fit in BASELINES.items():
-        for count, seed, moments in seen:
-            latest = [shot[-1] for shot in data.shots(dataset, count, 0, seed, moments=moments)]
-            few = [[*example.history, example.positive] for example in latest]
+        for count, seed, moments, latest in seen:
+            last = [shot[-1] for shot in data.shots(replace(dataset, latest=latest), count, 0, seed, moments=moments)]
+            few = [[*example.history, example.positive] for example in last]
             ranked.setdefault(f"{name}, {count} shots", []).append(rank_by(fit, dataset, examples, few))
         ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, data.interactions(dataset))]
     return ranked
@@ -300,10 +301,13 @@ def find_adapters(paths):
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
             saved = {"model": base or "smollm2-135m"} | saved
             for key, kind in {"data": str, "model": str, "prompt": str, "heading": str,
-                              "shots": int, "seed": int, "moments": int}.items():
+                              "shots": int, "seed": int, "moments": int, "latest": int}.items():
                 if key in saved and not isinstance(saved[key], kind):
                     raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
-            found.append((folder.name, folder, saved))
+            if folder.name == "base":
+                raise ValueError(f"{folder}: base is the name of the model's own row: call this folder something else")
+            if not any(folder.samefile(place) for _, place, _ in found):  # a run and an adapter in it may be named
+                found.append((folder.name, folder, saved))
 
     def full(name, folder, saved):
         others = [other for other_name, place, other in found if other_name == name and place != folder]
@@ -315,11 +319,12 @@ def find_adapters(paths):
     return [(full(*adapter), *adapter[1:]) for adapter in found]
 
 
-def inherit(adapters, key, default):
-    """The setting that all of the adapters were trained with; ValueError where they differ."""
+def inherit(adapters, key, default, options=None):
+    """The setting that all of the adapters were trained with; ValueError, naming the options, where they differ."""
     values = {saved.get(key, default) for _, _, saved in adapters} or {default}
     if len(values) > 1:
-        raise ValueError(f"the adapters were trained with --{key} {' and '.join(map(str, values))}: name one of them")
+        raise ValueError(f"the adapters were trained with {key} {' and '.join(map(repr, values))}: choose with "
+                         f"{options or '--' + key}")
     return values.pop()
 
 
@@ -332,13 +337,13 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
     whole = not examples[0].negatives
     count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
     ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
-    sft, seen = "base", set()              # the latest SFT's name; the (shots, seed, moments) that adapters were shown
+    sft, seen = "base", set()              # the last SFT's name; the (shots, seed, moments, latest) of the adapters
     for name, folder, saved in [("base", None, {}), *adapters]:
         lora.load(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
-            seen.add((saved["shots"], saved["seed"], saved.get("moments", 1)))
+            seen.add((saved["shots"], saved["seed"], saved.get("moments", 1), saved.get("latest", data.HISTORY)))
         from_base = saved.get("init") == "base" and "reference" not in saved  # which a folder called "base" has
         compared.setdefault(name, "base" if saved.get("stage") == "sft" or from_base else sft)
         sft = name if saved.get("stage") == "sft" else sft
@@ -408,7 +413,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
         return {"title": titles[i], "score": float(scores[last][i]), "held_out": titles[i] == positive,
                 "rank": {other: int(rank[other][i]) for other in scores}}
 
-    return {"data": dataset.name, "history": history, "model": last, "titles": len(titles),
+    return {"data": dataset.name, "history": history, "latest": dataset.latest, "model": last, "titles": len(titles),
             "recommended": [row(i) for i in order[last][:top]],
             "held_out": row(titles.index(positive)) if positive else None}
 
@@ -449,7 +454,7 @@ def print_person(report, effects, width):
     """A report of `recommend`, and what `explain` says of each title, as text."""
     name = report["model"]
     others = [other for other in report["recommended"][0]["rank"] if other != name]
-    latest, rows = report["history"][-data.HISTORY:], list(report["recommended"])
+    latest, rows = report["history"][-report["latest"]:], list(report["recommended"])
     if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
         rows.append(report["held_out"])
     print("\n".join(["The history, oldest first:", *(f"  {cut(title, width - 2)}" for title in latest)]))
@@ -476,7 +481,7 @@ def answer(model, tokenizer, dataset, adapters, args):
     if len({name for name, *_ in adapters}) < len(adapters):
         raise ValueError("several adapters have one name: name the run that is to recommend")
     named = [("base", None, {}), *adapters]
-    latest, effects = history[-data.HISTORY:], None
+    latest, effects = history[-dataset.latest:], None
     if args.compare:
         return compare(model, tokenizer, dataset, named, latest, args.compare, width)
     report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
@@ -517,7 +522,7 @@ def check_explanations(model, tokenizer, dataset, adapters, args):
         raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
     rng, found = np.random.default_rng(args.seed), []
     for example in tqdm(examples, "deletion test", disable=None, leave=False):
-        history, titles = example.history[-data.HISTORY:], [example.positive, *example.negatives]
+        history, titles = example.history[-dataset.latest:], [example.positive, *example.negatives]
         first = int(score(model, encode(model, tokenizer, dataset, [example]))[0].argmax())
         titles.insert(0, titles.pop(first))  # ranks() takes the first column's
         _, (effect,) = explain(model, tokenizer, dataset, history, titles[:1])
@@ -567,6 +572,8 @@ def choose_device(name, dtype):
         raise ValueError("--device cuda: torch finds no GPU here")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"more processes than GPUs, {torch.cuda.device_count()}: fewer, with --nproc_per_node")
         torch.cuda.set_device(device)
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -668,6 +675,9 @@ def add_shared_options(parser, dataset):
                              f"(default: {dataset or 'that of the adapters'})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
+    parser.add_argument("--latest", type=bounded(int, 1), default=dataset and data.HISTORY,
+                        help="a prompt lists the latest so many items of a history (default: "
+                             f"{data.HISTORY if dataset else 'as the adapters were trained'})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the frozen weights (default: bfloat16 where it multiplies twice as fast)")
@@ -718,7 +728,7 @@ def open_all(args):
     me, _ = world()
     if me:
         barrier(device)
-    dataset, folder = data.load(args.data, args.noun, args.verb), data.find_model(args.model)
+    dataset, folder = data.load(args.data, args.noun, args.verb, args.latest), data.find_model(args.model)
     if not me:
         barrier(device)
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
@@ -745,10 +755,11 @@ def main():
     if args.prompt == "candidates" and (args.others == 0 or args.person or args.explain):
         raise ValueError("a whole catalogue cannot be listed in a prompt: this needs --prompt history")
     args.model = args.model or inherit(adapters, "model", "smollm2-135m")
+    args.latest = args.latest or inherit(adapters, "latest", data.HISTORY)
     dataset, model, tokenizer = open_all(args)
     if not args.noun and not args.verb:  # as the adapters of these data were told
         own = [adapter for adapter in adapters if adapter[2].get("data") == args.data]
-        dataset = replace(dataset, heading=inherit(own, "heading", dataset.heading))
+        dataset = replace(dataset, heading=inherit(own, "heading", dataset.heading, "--noun and --verb"))
     if args.person:
         report = answer(model, tokenizer, dataset, adapters, args)
     elif args.explain:

@@ -424,10 +424,13 @@ def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
 # data.py
 
 
-def test_prompt_is_a_numbered_list_of_the_ten_latest_that_ends_in_the_next_number():
+def test_prompt_is_a_numbered_list_of_the_ten_latest_or_as_many_as_told_that_ends_in_the_next_number():
     assert data.prompt(["Heat (1995)", "M"]) == "Movies watched, in order:\n1. 1995 Heat\n2. M\n3."
-    assert data.prompt([f"F{i}" for i in range(13)], "Seen:") == "\n".join(
-        ["Seen:", *(f"{i - 2}. F{i}" for i in range(3, 13)), "11."])
+    example = data.Example("u", [f"F{i}" for i in range(13)], "F", ["G"])
+    for dataset, latest in ((data.Dataset({}, []), 10), (data.Dataset({}, [], latest=12), 12)):
+        (prompt, _), = evaluation.encode(tiny(), byte_tokenizer(), dataset, [example])
+        assert byte_tokenizer().decode(prompt) == "\n".join(
+            ["Items chosen, in order:", *(f"{i + latest - 12}. F{i}" for i in range(13 - latest, 13)), f"{latest + 1}."])
     assert data.response("2001: A Space Odyssey (1968)") == " 1968 2001: A Space Odyssey\n"
 
 
@@ -1093,7 +1096,7 @@ def test_traditional_methods_learn_from_the_adapters_shots_or_from_everything_be
         seen.append([[dataset.items[i] for i in sequence] for sequence in sequences])
         return lambda history: np.zeros(items)
     with mock.patch.dict(evaluation.BASELINES, {"spy": spy}, clear=True):
-        ranked = evaluation.rank_baselines(dataset, data.heldout(dataset, "test", 5), [(24, 0, 10)])
+        ranked = evaluation.rank_baselines(dataset, data.heldout(dataset, "test", 5), [(24, 0, 10, 10)])
     few, everybodys = seen
     assert list(ranked) == ["spy, 24 shots", "spy, all users"]
     assert everybodys == [items[:-2] for items in dataset.sequences.values()]
@@ -1136,7 +1139,9 @@ def test_adapters_of_one_name_are_told_apart_by_what_differs():
         assert names(a / "dmpo", fewer) == ["dmpo, negatives 4", "dmpo, negatives 2"]
         again = saved("d", dmpo=dmpo_settings | {"reference": "of another SFT"})
         assert names(a / "dmpo", again) == [f"dmpo, {a}/dmpo", f"dmpo, {again}/dmpo"]
+        assert names(a / "dmpo", a) == ["dmpo", "sft", "dpo", "sdpo"]  # each once
         refused(lambda: evaluation.inherit(evaluation.find_adapters([a / "dmpo", other_seed]), "data", ""), "--data")
+        refused(lambda: names(saved("e", base={"seed": 0})), "base")  # its numbers would be averaged with the model's
 
 
 def test_adapters_without_args_json_are_evaluated_and_those_with_a_bad_one_refused():

@@ -44,9 +44,8 @@ def parse():
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
-    add("--moments", type=evaluation.bounded(int, 1, data.HISTORY + 1), default=data.HISTORY,
-        help="of each history learn the latest so many items, each after those before it; 1: the last alone, as the "
-             "paper does (default: %(default)s)")
+    add("--moments", type=positive, help="of a shot's items learn the latest so many, each after those before it; 1: "
+        "the last alone, as the paper does (default: all, as many as --latest)")
     add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
         % LEARNING_RATES)
@@ -69,7 +68,10 @@ def parse():
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     args = parser.parse_args()
     args.out = args.out or f"runs/{Path(args.data).stem}"
+    args.moments = args.moments or args.latest
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
+    if args.moments > args.latest:
+        parser.error(f"--moments {args.moments}: a shot has no more moments than a prompt lists items, {args.latest}")
     if args.prompt == "candidates" and args.sample == "hard":
         parser.error("--sample hard chooses among more negatives than a prompt could list")
     if args.loss == "dpo" and args.negatives != 1:
@@ -77,7 +79,8 @@ def parse():
     return args
 
 
-SHARED = ("data", "data_sha256", "model", "heading", "prompt", "shots", "moments", "seed", "rank")  # of both stages
+# What both stages have in common
+SHARED = ("data", "data_sha256", "model", "heading", "latest", "prompt", "shots", "moments", "seed", "rank")
 
 
 def stage_settings(args, stage):
