@@ -1497,11 +1497,15 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
     with toy_world():
         for extra in (("--loss", "sdpo", "--checkpoint-activations"), ("--loss", "dpo"),
                       ("--init", "base", "--out", "frombase"),
-                      ("--init", "runs/toy/sft", "--out", "again", "--loss", "sdpo")):
+                      ("--init", "runs/toy/sft", "--out", "again", "--loss", "sdpo"),
+                      ("--init", "runs/toy/sft", "--out", "more", "--stage", "sft", "--lr", 1e-9)):
             status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
             assert status == 0, err
         again, first = (Path(run, "sdpo/adapter_model.safetensors").read_bytes() for run in ("again", "runs/toy"))
         assert again == first, "from SFT's folder or right after SFT: the same adapter"
+        more, first = (load_file(f"{run}/sft/adapter_model.safetensors") for run in ("more", "runs/toy"))
+        for key in first:
+            close(more[key], first[key], 1e-6)  # SFT, too, starts from the adapter that it is told
         status, out, err = command(train.main, *TOY, "--init", "nowhere", "--out", "never")
         assert status and "nowhere/adapter_config.json: cannot be read" in str(err), err
         assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["dpo", "sdpo", "sft"]
@@ -1552,6 +1556,7 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, ["--lr", "-1"], "--lr"), (train.main, ["--beta", "inf"], "--beta"),
             (train.main, ["--rank", "1.5"], "--rank"), (train.main, ["--stage", "ppo"], "--stage"),
             (train.main, ["--loss", "dpo", "--negatives", "3"], "one negative"), (train.main, ["--typo"], "--typo"),
+            (train.main, ["--moments", "11"], "--moments"), (train.main, ["--stage", "sft", "--init", "sft"], "--init"),
             (train.main, [*TOY, "--model", "nowhere"], "--model nowhere"),
             (train.main, [*TOY, "--device", "tpu9"], "--device"),
             (train.main, [*TOY, "--model", "file"], "--model file"),
@@ -1614,7 +1619,7 @@ def readers(folder):
     base, adapter, run = write_folder(model, folder / "base"), folder / "adapter", folder / "run"
     lora.save(lora.attach(model, 2, 4), adapter, "base")
     settings = {"stage": "sft", "data": "toy.csv", "model": "base", "heading": "H:", "prompt": "history", "shots": 3,
-                "seed": 0, "rank": 2}
+                "seed": 0, "rank": 2, "latest": 4}
     (adapter / "args.json").write_text(json.dumps(settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     run.mkdir()
@@ -1634,7 +1639,7 @@ def readers(folder):
 
     def adapters():
         found = evaluation.find_adapters([adapter])
-        return [evaluation.inherit(found, key, "") for key in ("data", "prompt", "model", "heading")]
+        return [evaluation.inherit(found, key, "") for key in ("data", "prompt", "model", "heading", "latest")]
 
     def tokenizer():
         return data.tokenize(data.load_tokenizer(base), examples[0], "H:")

@@ -52,8 +52,8 @@ def parse():
     add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
     add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
-    add("--init", default="sft", metavar="sft|base|FOLDER", help="where dmpo starts from, which is its reference: the "
-        "SFT of the same --out, the base model, or any adapter's folder (default: %(default)s)")
+    add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
+        "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
     add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives: the data's own "
@@ -68,8 +68,11 @@ def parse():
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     args = parser.parse_args()
     args.out = args.out or f"runs/{Path(args.data).stem}"
+    args.init = args.init or ("base" if args.stage == "sft" else "sft")
     args.moments = args.moments or args.latest
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
+    if args.stage == args.init == "sft":
+        parser.error("--init sft is for --stage dmpo")
     if args.moments > args.latest:
         parser.error(f"--moments {args.moments}: a shot has no more moments than a prompt lists items, {args.latest}")
     if args.prompt == "candidates" and args.sample == "hard":
@@ -90,7 +93,7 @@ def stage_settings(args, stage):
     settings["epochs"] = args.epochs if own else 1
     settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
     if stage == "dmpo":
-        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")} | {"init": Path(args.init).name}
+        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")}
     if stage == "dmpo" or args.prompt == "candidates":
         settings["negatives"] = args.negatives
     return {"stage": stage, **settings}
@@ -326,16 +329,16 @@ def main():
         count = args.negatives * (HARD if args.sample == "hard" else 1)
         data.shots(dataset, args.shots, count, args.seed, args.sample, args.moments)  # fails now, if it must
     examples = data.heldout(dataset, "test", None, users=args.users)  # as eval.py's, whatever this run's seed
-    stages = ["sft"] if args.stage == "sft" else ["sft", "dmpo"] if args.init == "sft" else ["dmpo"]
     adapters = []
-    for stage in stages:
+    for stage in ["sft", "dmpo"] if args.init == "sft" else [args.stage]:
+        init = args.init if stage == args.stage else "base"
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
-        settings = {**stage_settings(args, stage), "dtype": dtype}
-        if stage == "sft" or args.init == "base":
+        settings = {**stage_settings(args, stage), "init": Path(init).name, "dtype": dtype}
+        if init == "base":
             torch.manual_seed(args.seed)
             lora.attach(model, args.rank, 2 * args.rank)
-        else:  # what it starts from is its reference
-            start = Path(args.out) / "sft" if args.init == "sft" else Path(args.init)
+        else:
+            start = Path(args.out) / "sft" if init == "sft" else Path(init)
             settings["rank"] = lora.load(model, start).lora_config["r"]
             settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")
         if (folder / "adapter_model.safetensors").exists():
