@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-HISTORY = 10  # a prompt lists the latest so many items, unless --latest says otherwise
+HISTORY = 10  # how many of the latest items a prompt lists, unless --latest says otherwise
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def tokenize(tokenizer, example, heading, shuffle_seed=None):
 def tokenize_response(tokenizer, item):
     """Token ids of a response as it reads after a prompt; ValueError if the tokenizer merges the two.
 
-    Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded behind a number and a
-    full stop, which is how every prompt ends, and theirs are taken off again.
+    Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded after "1.", as every
+    prompt ends in a number and a full stop, and the tokens of "1." are then removed.
     """
     stub, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("1.", "1." + response(item)))
     if not stub or ids[:len(stub)] != stub or len(ids) == len(stub):
@@ -126,16 +126,16 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
         item = rng.choice(pool)
         if item not in touched:
             chosen[item] = None
-    raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer "
-                     "(--negatives in training, --candidates in evaluation)")
+    raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer (training: "
+                     "--negatives, tables: --candidates; eval.py --explain without a person always takes 19)")
 
 
 def heldout(dataset, split, negatives, seed=0, users=None):
-    """One Example per user for `split` "validation" or "test", or of a random sample of `users` of them.
+    """The Examples of `split` "validation" or "test", one per user or the data's own; or a random sample of `users`.
 
-    negatives: a number, to be drawn uniformly from what the user never touched (0: the whole catalogue is to be
-    ranked); "given", the data's own; None, an example's own if it has any, else 19, or as many as there can be, drawn.
-    The history is the user's whole one. ValueError if there is no example, or there are too few titles.
+    negatives: a number: so many are drawn uniformly from what the user never touched (0: none, for ranking the whole
+    catalogue); "given": the data's own; None: an example's own if it has any, else 19 drawn, or all if fewer are left.
+    Histories are whole, not cut to `latest`. ValueError if there is no example, or there are too few titles.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
@@ -161,17 +161,16 @@ def heldout(dataset, split, negatives, seed=0, users=None):
 
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
     """`count` shots. From sequences: one per user, which ends in the latest training item; then a second one per user,
-    which ends `moments` items earlier, and so on. From given training examples: one for each, shuffled.
+    which ends `moments` items earlier; and so on. From given training examples: one for each, in random order.
 
-    A shot is a list of Examples of one user, one for each moment. Its titles are at most dataset.latest and the one
-    that came next; the moments ask for titles[1] after titles[:1], titles[2] after titles[:2], ..; the last `moments`
-    of them are taken. No two shots of a sequence share a moment, and a smaller count with the same seed is a part of
-    the larger.
+    A shot is a list of Examples of one user, one per moment. Its titles are at most dataset.latest of a history and
+    the one that came next. Moment i asks for titles[i] after titles[:i]; of the moments the last `moments` are taken.
+    No two shots of a sequence share a moment, and with one seed a smaller count is the beginning of a larger one.
 
-    Negatives are drawn from all titles (of the training examples, where the data bring those) that the user never
-    touched, training or held out: each alike (`sample` "uniform"; "hard", too, among which train.py then chooses), or
-    as often as it occurs ("popular"). With "given" the last moment takes those that the data bring, then uniform ones.
-    ValueError if there are fewer shots.
+    Negatives are titles that the user touched neither in training nor held out. `sample` "uniform" draws them from all
+    titles alike (where the data bring examples, from the training ones'), and so does "hard", for train.py to choose
+    among; "popular" draws them as often as they occur; "given" takes, for the last moment, those that the data bring,
+    then uniform ones. ValueError if there are fewer shots than `count`.
     """
     moments = min(moments, dataset.latest)  # a shot has no more, and the next one must leave none out
     if dataset.given:
@@ -216,7 +215,7 @@ def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from."""
     if dataset.given:
         return [[*e.history, e.positive] for e in dataset.given["train"]] + [
-            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper validates on the last
+            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper's validation item is the last
     return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
 
 
@@ -257,7 +256,7 @@ def articles_first(title):
 
 
 def from_events(events):
-    """A Dataset of (user, time, title) events, equal times in the order given; a title again counts the first time."""
+    """A Dataset of (user, time, title) events, equal times in the order given; only a title's first event counts."""
     users = {}
     for user, time, title in events:
         users.setdefault(user, []).append((time, title))
@@ -297,7 +296,7 @@ def load_interactions(path):
             try:
                 header = [name.strip() for name in next(rows, [])]
                 if missing := [name for name in columns if name not in header]:
-                    raise ValueError(f"no column is called {', '.join(missing)}")
+                    raise ValueError(f"no column is called {' or '.join(missing)}")
                 where = [header.index(name) for name in columns]
                 for cells in filter(None, rows):  # all but the empty lines
                     if len(cells) != len(header):
@@ -360,7 +359,7 @@ def read_example(row, line):
 
 
 def from_examples(given):
-    """A Dataset of {split: [Example]}; a held-out user's sequence is whatever that user is known to have touched."""
+    """A Dataset of {split: [Example]}; a user's sequence is every title that any of its examples says was touched."""
     sequences, items = {}, set()
     for example in sum(given.values(), []):
         items.update(example.history, [example.positive], example.negatives)
@@ -372,7 +371,7 @@ def load_paper(name):
     """The DMPO authors' own two files: an instruction lists a history and two titles, its output these two, the right
     one first.
 
-    Validation takes the last title of each evaluation user's history, and one drawn as often as it is in others'.
+    Validation asks for the last title of each test history, against one drawn by its frequency in the others.
     """
     given = {}
     for split, kind in (("train", "dpo_ranking_5"), ("test", "eval_ranking")):
@@ -508,7 +507,7 @@ def find_model(name):
 
 # GGUF's blocks of 32 weights in 8 and 4 bits. Nothing from here on is needed to understand DMPO
 Q8_0 = np.dtype([("scale", "<f2", (1,)), ("bytes", "i1", 32)])
-Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])  # the first 16 in the low halves
+Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])  # the first 16 in low nibbles
 
 
 def read_gguf(file):
@@ -583,7 +582,7 @@ def convert_gguf(path, folder):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token, kind
                                   in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind == 3])
-    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         work = Path(work) / "whole"  # renamed when complete
         work.mkdir()
         save_file(weights, work / "model.safetensors", metadata={"format": "pt"})

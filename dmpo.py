@@ -76,8 +76,8 @@ def tree(examples):
 
 
 def padded(nodes):
-    """The next multiple of 16, so that the same shapes come back: a CPU's matrix library prepares each new shape anew,
-    and keeps what it prepared."""
+    """`nodes` rounded up to a multiple of 16, so that shapes recur: a CPU's matrix library prepares every new shape,
+    which takes time, and keeps what it prepared, which takes memory."""
     return -(-nodes // 16) * 16
 
 
@@ -94,7 +94,7 @@ def group(shots, budget):
 
 
 def pack(shots):
-    """Shots, lists of examples as `tree` takes them, to a Batch of a tree each."""
+    """Pack shots, lists of examples as `tree` takes them, into a Batch, one tree per shot."""
     examples = [example for shot in shots for example in shot]
     trees = [tree(shot) for shot in shots]
     B, T = len(trees), padded(max(len(tokens) for tokens, *_ in trees))
@@ -147,24 +147,24 @@ class LogSumExp(torch.autograd.Function):
 
 
 def response_logps(model, batch, past=None):
-    """Σ log π(token | its beginning) over each response -> (N, R) float32; 0 where an example has fewer than R.
+    """Each response's Σ log π(token | all tokens before it) -> (N, R) float32; 0 where an example has fewer than R.
 
     Only the nodes that predict something meet the vocabulary, and a predicted token's own logit is taken in float32.
     """
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
-    # embedding(sources, hidden) is hidden[sources], but adds up its gradient, the sum over what a node predicts, in a
-    # fixed order: the same run gives the same bits. (For a vector, as in the next lines, indexing does so, too.)
+    # F.embedding(sources, hidden) is hidden[sources], but adds up a node's gradients, one per token that it predicts,
+    # in a fixed order: the same run gives the same bits. (For a vector, as in the next lines, so does indexing.)
     chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
 def pack_catalogue(responses, nodes=256, tokens=4096):
-    """Many responses that will follow many prompts in turn -> [(Batch, indices of its responses), ..], made once.
+    """Pack, once, responses that will be scored after many prompts in turn -> [(Batch, [a tree's indices, ..]), ..].
 
-    Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` each, whose trunk is a
-    single node: the prompt's last token, filled in by `catalogue_logps`. A batch holds about `tokens` nodes.
+    Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` nodes each, whose root
+    stands for the prompt's last token, which `catalogue_logps` fills in. A batch holds about `tokens` nodes.
     """
     parts, before = [], []
     size = nodes  # as if a part were full: the first response opens one
@@ -182,7 +182,7 @@ def pack_catalogue(responses, nodes=256, tokens=4096):
 
 @torch.no_grad()
 def catalogue_logps(model, prompt, catalogue):
-    """The log-probabilities of all of a catalogue's responses after one prompt (token ids) -> (N,) float64 array.
+    """The log-probabilities of a catalogue's responses after one prompt (token ids) -> (responses,) float64 array.
 
     The prompt is computed once; all its trees then attend to its keys and values. ValueError if one is not finite.
     """
@@ -208,8 +208,8 @@ def catalogue_logps(model, prompt, catalogue):
 
 
 def sft_loss(logps, tokens):
-    """-Σ log π(positive) / tokens, with `tokens` the number in all positives of the step, so that its groups add up to
-    the mean over tokens: logps (N, R), of which only column 0, the positives', counts."""
+    """-Σ log π(positive) / tokens, for logps (N, R), of which only column 0, the positives', counts. `tokens`: those of
+    all positives of the step, so that the losses of its groups (see train.backward) add up to the mean over tokens."""
     return -logps[:, 0].sum() / tokens
 
 

@@ -38,7 +38,7 @@ import lora
 import model as llama
 
 NODES = 2048  # nodes in one pass: large matrix products, yet activations that fit memory
-BEGINNING = 7  # tokens of each title that a whole catalogue is first ranked by
+BEGINNING = 7  # a whole catalogue is first scored by this many tokens of each title
 
 
 # From scores to numbers
@@ -51,7 +51,7 @@ def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
     for example, (prompt, responses) in zip(examples, result):
         tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
         if tokens > most:
-            raise ValueError(f"the prompt of user {example.user} and a title have {tokens} tokens, more than the "
+            raise ValueError(f"user {example.user or 'asked for'}: prompt and title have {tokens} tokens, more than the "
                              f"{most} that the model takes")
     return result
 
@@ -87,8 +87,8 @@ def score(model, examples, desc=""):
 def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
 
-    No title is likelier than its own beginning: only those whose first BEGINNING tokens are as likely as the whole
-    positive need be scored to their end, or nearly as likely: in bfloat16 a score moves by some tenths with its batch.
+    No title is likelier than its own beginning, so only titles whose first BEGINNING tokens are at least as likely as
+    the whole positive are scored in full (less 0.5: in bfloat16 a score moves by some tenths with its batch).
     """
     whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
     beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
@@ -114,7 +114,7 @@ def ranks(scores):
 
 
 def measure(rank, candidates):
-    """Every metric, user by user: rank (.., users) among so many candidates -> {name: (.., users)}.
+    """Every metric, user by user: rank (.., users) among `candidates`, a number -> {name: (.., users)}.
 
     With one positive, NDCG@K is 1/log2(1 + rank), 0 beyond K; with one negative, AUC is the share of pairs in order.
     """
@@ -215,7 +215,7 @@ class SASRec(nn.Module):
 
 
 def fit_sasrec(sequences, items, epochs=120, seed=0):
-    """SASRec trained for so many passes: a step takes 128 sequences, drawn anew, a random window of 51 items of each.
+    """SASRec trained for `epochs` passes: a step draws 128 sequences anew, and of each a random window of 51 items.
 
     It never reads more of a history than it was trained on: further places would have no meaning yet.
     """
@@ -254,7 +254,7 @@ def rank_by(fit, dataset, examples, sequences):
     """Rank of each example's positive by a traditional method fitted to sequences of titles -> (users,).
 
     Examples without negatives are ranked among all that their users have not touched. Counts tie often, most of all
-    those of a few shots: a positive gets a random place among its ties; the last would put the never seen below chance.
+    those from few shots, so a positive gets a random place among its ties: always the last would be below chance.
     """
     index = {item: i for i, item in enumerate(dataset.items)}
     result, rng = [], np.random.default_rng(0)
@@ -270,8 +270,8 @@ def rank_by(fit, dataset, examples, sequences):
 
 
 def rank_baselines(dataset, examples, seen):
-    """Every traditional method, fitted to exactly the [(shots, seed, moments, latest)] that adapters saw, and to all
-    that users did before the validation item -> {name: [ranks (users,)]}."""
+    """Every traditional method, fitted to the very shots that adapters saw, given as [(count, seed, moments, latest)]
+    (one averaged row per count), and to all that users did before validation -> {name: [ranks (users,)]}."""
     ranked = {}
     for name, fit in BASELINES.items():
         for count, seed, moments, latest in seen:
@@ -286,9 +286,9 @@ def rank_baselines(dataset, examples, seen):
 
 
 def find_adapters(paths):
-    """[(name, folder, args.json)]: a path is an adapter, or a run that holds some. What starts from SFT comes after it,
-    and DMPO last. Adapters of one name become one averaged row, so a setting that differs, seed and data apart, is
-    added to the name, and the folder where seed and data agree as well (two DMPOs that started from unlike SFTs)."""
+    """[(name, folder, args.json)]; a path is an adapter, or a run that holds several, of which SFT comes first and DMPO
+    last. Adapters of one name become one averaged row, so settings that differ, other than seed and data, are added to
+    the name; where even seed and data agree, so is the folder (two DMPOs that started from different SFTs)."""
     found = []
     for path in map(Path, paths):
         folders = [path] if (path / "adapter_model.safetensors").exists() else sorted(
@@ -344,7 +344,7 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1), saved.get("latest", data.HISTORY)))
-        from_base = saved.get("init") == "base" and "reference" not in saved  # which a folder called "base" has
+        from_base = saved.get("init") == "base" and "reference" not in saved  # with one it was a folder called "base"
         compared.setdefault(name, "base" if saved.get("stage") == "sft" or from_base else sft)
         sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
@@ -426,7 +426,7 @@ def explain(model, tokenizer, dataset, history, titles):
     without = [history[:i] + history[i + 1:] for i in range(len(history))]
     examples = [data.Example("", items, titles[0], titles[1:]) for items in [history, *without]]
     scores = score(model, encode(model, tokenizer, dataset, examples))  # (1 + H, titles)
-    odds = scores - np.log1p(-np.exp(np.minimum(scores, -1e-6)))  # bfloat16 may round a sure title's above 0
+    odds = scores - np.log1p(-np.exp(np.minimum(scores, -1e-6)))  # rounding may lift a sure title's above 0
     return scores[0], (odds[0] - odds[1:]).T
 
 
@@ -441,7 +441,7 @@ def cut(text, width):
 
 
 def print_bars(history, effect, shown, width):
-    """The effects of some history items as bars: ones to the left speak against, ones to the right for the title."""
+    """The effects of some history items as bars: to the right they speak for the title, to the left against it."""
     half = max(4, min(12, width // 8))
     unit = max(np.abs(effect).max(), 1e-9) / half
     for i in shown:
@@ -509,17 +509,17 @@ def compare(model, tokenizer, dataset, adapters, history, pair, width):
 
 
 def check_explanations(model, tokenizer, dataset, adapters, args):
-    """--explain for nobody in particular, a deletion test: print and return whether such explanations mean something.
+    """--explain without a person, a deletion test: print and return whether such explanations mean something.
 
-    For each of --users (200 unless given): the rank, among 20, of the title that the last adapter ranks first, once the
-    3 history items that speak for it most are gone, and its mean rank without 3 random ones.
+    For each of --users (default: 200), of the title that the last adapter ranks first among 20: its rank without the 3
+    history items that speak for it most, and its mean rank without 3 random ones (5 draws).
     """
     if adapters:
         lora.load(model, adapters[-1][1])
     examples = [example for example in data.heldout(dataset, args.split, 19, args.seed, args.users or 200)
-                if len(example.history) > 3]
+                if len(example.history[-dataset.latest:]) > 3]
     if not examples:
-        raise ValueError(f"{dataset.name}: no user has more than 3 items of history")
+        raise ValueError(f"{dataset.name}: no prompt lists more than 3 items")
     rng, found = np.random.default_rng(args.seed), []
     for example in tqdm(examples, "deletion test", disable=None, leave=False):
         history, titles = example.history[-dataset.latest:], [example.positive, *example.negatives]
@@ -573,7 +573,7 @@ def choose_device(name, dtype):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"more processes than GPUs, {torch.cuda.device_count()}: fewer, with --nproc_per_node")
+            raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower --nproc_per_node")
         torch.cuda.set_device(device)
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -590,6 +590,7 @@ def matmul_rate(device, dtype, seconds=0.2):
     """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536), the best seen."""
     x, w = torch.randn(1536, 576, device=device).to(dtype), torch.randn(1536, 576, device=device).to(dtype)
     repeats = 200 if device.type == "cuda" else 5
+    torch.nn.functional.linear(x, w).sum().item()  # the first product also loads the library
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -604,8 +605,8 @@ def matmul_rate(device, dtype, seconds=0.2):
 def operations(model, batch):
     """Floating-point operations that one forward pass over a Batch needs, padding not counted.
 
-    Two for each weight and node, for each pair that attends (a score and a value, d wide each, in every head), and
-    for each weight of the vocabulary projection and predicting node.
+    Two (multiply, add) per weight and node; 4 d per attending pair in each head of each layer (2 d each for its score
+    and its share of the values); two per weight of the vocabulary projection and predicting node.
     """
     c = model.config
     nodes, pairs = batch.nodes, int(batch.mask.sum()) - batch.ids.numel() + batch.nodes  # padding attends to itself
@@ -676,7 +677,7 @@ def add_shared_options(parser, dataset):
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
     parser.add_argument("--verb", help="what it says that users did to them")
     parser.add_argument("--latest", type=bounded(int, 1), default=dataset and data.HISTORY,
-                        help="a prompt lists the latest so many items of a history (default: "
+                        help="how many of a history's latest items a prompt lists (default: "
                              f"{data.HISTORY if dataset else 'as the adapters were trained'})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -693,9 +694,9 @@ def parse():
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
     parser.add_argument("--users", type=bounded(int, 1),
-                        help="evaluate a random sample of so many users (default: all; --explain alone: 200)")
+                        help="evaluate a random sample of this many users (default: all; --explain alone: 200)")
     parser.add_argument("--candidates", type=candidates, dest="others", metavar="N",
-                        help="rank the held-out item among so many, itself included; all: every item that the user "
+                        help="rank the held-out item among N, itself included; all: among every item that the user "
                              "has not touched; given: those that the data bring (default: given if any, else 20)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
@@ -706,15 +707,16 @@ def parse():
     person = parser.add_mutually_exclusive_group()
     person.add_argument("--user", help="recommend to this user instead: the titles that the last model ranks first")
     person.add_argument("--history", metavar="\"TITLE; TITLE\"", help="or to somebody who chose these titles, in order")
-    parser.add_argument("--top", type=bounded(int, 1), default=10, help="so many of them (default: %(default)s)")
+    parser.add_argument("--top", type=bounded(int, 1), default=10, help="titles to list (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="and say what each history item does for each title; "
                         "without --user and --history: test such explanations by deletion, on --users")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="which history items speak for title A over B")
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
+    if args.json and not (Path(args.json).is_file() if Path(args.json).exists()
+                          else Path(args.json).absolute().parent.is_dir()):
+        parser.error(f"--json {args.json}: neither a file nor a new name in a folder that exists")
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
     if args.others is not None and (args.person or args.explain):
@@ -757,7 +759,7 @@ def main():
     args.model = args.model or inherit(adapters, "model", "smollm2-135m")
     args.latest = args.latest or inherit(adapters, "latest", data.HISTORY)
     dataset, model, tokenizer = open_all(args)
-    if not args.noun and not args.verb:  # as the adapters of these data were told
+    if not args.noun and not args.verb:  # then the heading that the adapters of these data were trained with
         own = [adapter for adapter in adapters if adapter[2].get("data") == args.data]
         dataset = replace(dataset, heading=inherit(own, "heading", dataset.heading, "--noun and --verb"))
     if args.person:

@@ -48,13 +48,13 @@ def adapters(model):
 
 
 def attach(model, rank=8, alpha=16, targets=TARGETS):
-    """Freeze the model and put a fresh adapter, instead of any before, on every nn.Linear whose last name is in
-    `targets`; returns the model. Raises ValueError if there is none."""
+    """Freeze the model, drop any adapter it has, and put a fresh one on every nn.Linear whose own name, without its
+    parents', is in `targets`; returns the model. Raises ValueError if there is no such layer."""
     detach(model).requires_grad_(False)
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and name in targets]
     if not found:
-        raise ValueError(f"no linear layer is called any of {', '.join(targets)}")
+        raise ValueError(f"the model has no linear layer called {' or '.join(targets)}")
     for parent, name, linear in found:
         setattr(parent, name, LoRALinear(linear, rank, alpha))
     model.lora_config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({name for _, name, _ in found})}
@@ -68,7 +68,7 @@ def state(model):
 
 
 def write_file(path, content):
-    """Write bytes aside, to the disk, then rename: the file is there whole or not at all, whatever happens."""
+    """Write to `path`.part, flush it to the disk, then rename: `path` appears whole or not at all, whatever happens."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:

@@ -190,12 +190,12 @@ class Llama(nn.Module):
 
 
 def read_config(folder):
-    """The Config in a Hugging Face folder's config.json; ValueError names whatever this file does not implement."""
+    """The Config in a Hugging Face folder's config.json; ValueError names any setting not implemented here."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new and the old place
     if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope settings are no JSON object")
+        raise ValueError(f"{path}: the rope settings are not a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     for setting, value, known in (
         ("model_type", raw.get("model_type"), ["llama"]),

@@ -1,9 +1,9 @@
-"""Fine-tune a language model on users' histories: supervised (SFT), then by preference (DMPO). Top to bottom.
+"""Fine-tune a language model on users' histories: supervised (SFT), then by preference (DMPO). Read top to bottom.
 
-    python train.py --stage dmpo     SFT first where no SFT adapter exists yet, then DMPO, then a table of all three
+    python train.py --stage dmpo     SFT first if no SFT adapter exists yet, DMPO, then a table of base, SFT and DMPO
 
 SFT teaches the model to continue a history with the item that came next; DMPO starts from there and raises that item
-above k sampled others, held to the SFT model, its reference. The reference costs no second model: its
+above k sampled others, kept close to the SFT model, its reference. The reference needs no second model: its
 log-probabilities of the training trees are taken once, before the first step.
 """
 
@@ -32,7 +32,7 @@ import model as llama
 LEARNING_RATES = {"sft": 1e-3, "dmpo": 5e-4}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
-HARD = 5  # --sample hard picks among so many times as many negatives
+HARD = 5  # --sample hard picks k out of HARD * k drawn negatives
 
 
 def parse():
@@ -44,8 +44,8 @@ def parse():
     add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
-    add("--moments", type=positive, help="of a shot's items learn the latest so many, each after those before it; 1: "
-        "the last alone, as the paper does (default: all, as many as --latest)")
+    add("--moments", type=positive, help="learn this many of a shot's last items, each after those before it; 1: the "
+        "last alone, as in the paper (default: as many as --latest, which is all)")
     add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
         % LEARNING_RATES)
@@ -56,15 +56,15 @@ def parse():
         "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
-    add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives: the data's own "
-        "if any, drawn uniformly, as often as they occur, or those of a larger draw that the reference scores highest "
-        "(default: given, filled up uniformly)")
+    add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives. given: the "
+        "data's own if any, then uniform ones (default); uniform: all titles alike; popular: as often as they occur; "
+        "hard: of a larger draw those that the reference scores highest")
     add("--prompt", choices=("history", "candidates"), default="history",
         help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
     add("--seed", type=evaluation.bounded(int, 0, 2 ** 63), default=0,
         help="draws shots, negatives, adapters, order (default: 0)")
-    add("--users", type=positive, default=200, help="rank for a random so many users at the end (default: %(default)s; "
-        "eval.py takes all)")
+    add("--users", type=positive, default=200, help="at the end, rank for a random sample of this many users (default: "
+        "%(default)s; eval.py takes all)")
     add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
     args = parser.parse_args()
     args.out = args.out or f"runs/{Path(args.data).stem}"
@@ -74,9 +74,9 @@ def parse():
     if args.stage == args.init == "sft":
         parser.error("--init sft is for --stage dmpo")
     if args.moments > args.latest:
-        parser.error(f"--moments {args.moments}: a shot has no more moments than a prompt lists items, {args.latest}")
+        parser.error(f"--moments {args.moments}: a shot has only as many as --latest, {args.latest}")
     if args.prompt == "candidates" and args.sample == "hard":
-        parser.error("--sample hard chooses among more negatives than a prompt could list")
+        parser.error("--sample hard needs --prompt history: it chooses among more negatives than a prompt lists")
     if args.loss == "dpo" and args.negatives != 1:
         parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
     return args
@@ -87,7 +87,7 @@ SHARED = ("data", "data_sha256", "model", "heading", "latest", "prompt", "shots"
 
 
 def stage_settings(args, stage):
-    """What the command line says of a stage, as it is kept in args.json; main adds what its data and start decide."""
+    """A stage's settings as args.json keeps them; `main` adds its start (init, rank, reference) and dtype."""
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
     settings["epochs"] = args.epochs if own else 1
@@ -161,7 +161,7 @@ def learning_rate(step, steps, peak):
     warmup = max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def backward(model, shots, reference, settings):
@@ -241,7 +241,7 @@ def train(model, tokenizer, dataset, settings, folder):
     held = lock(folder) if main_process else None  # never read: closed, it would free the lock
     evaluation.barrier(model.head.device)  # until the folder is ours the other processes leave it alone
     shots, validation = prepare(model, tokenizer, dataset, settings)
-    print("{} shots, {} examples; a tree has {:.0f} nodes, of which {:.0f} predict something, where rows would have "
+    print("{} shots, {} examples; mean tree: {:.0f} nodes, {:.0f} of which predict a token; as one row per response: "
           "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
     reference = None
     if settings["stage"] == "dmpo":  # before load_checkpoint: until then the model is its own reference
@@ -321,7 +321,7 @@ def main():
     dataset, model, tokenizer = evaluation.open_all(args)
     device, dtype = model.head.device, str(model.head.dtype)[6:]
     args.heading = dataset.heading
-    args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # it may be edited between
+    args.data_sha256 = None if args.data in data.DATASETS else data.file_sha256(args.data)  # edited since?
     model.checkpoint_activations = args.checkpoint_activations
     print(f"{args.model} on {device} in {dtype}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
@@ -340,12 +340,11 @@ def main():
         else:
             start = Path(args.out) / "sft" if init == "sft" else Path(init)
             settings["rank"] = lora.load(model, start).lora_config["r"]
-            settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")
+            settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")  # of SFT, too: where it began
         if (folder / "adapter_model.safetensors").exists():
-            keys = settings if stage == args.stage else SHARED  # --lr and others are of the own stage only
+            keys = settings if stage == args.stage else SHARED  # --lr and the like are for the stage asked for
             require_same(folder, llama.read_json(folder / "args.json"), settings, keys)
             print(f"{folder} holds this adapter already: going on with it (delete the folder to train it again)")
-            lora.load(model, folder)
         else:
             print(f"{stage} -> {folder}")
             train(model, tokenizer, dataset, settings, folder)
