@@ -51,8 +51,8 @@ def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
     for example, (prompt, responses) in zip(examples, result):
         tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
         if tokens > most:
-            raise ValueError(f"user {example.user or 'asked for'}: prompt and title have {tokens} tokens, more than the "
-                             f"{most} that the model takes")
+            raise ValueError(f"user {example.user or 'asked for'}: prompt and title have {tokens} tokens, more than "
+                             f"the {most} that the model takes")
     return result
 
 
@@ -697,7 +697,8 @@ def parse():
                         help="evaluate a random sample of this many users (default: all; --explain alone: 200)")
     parser.add_argument("--candidates", type=candidates, dest="others", metavar="N",
                         help="rank the held-out item among N, itself included; all: among every item that the user "
-                             "has not touched; given: those that the data bring (default: given if any, else 20)")
+                             "has not touched; given: those that the data bring (default: given if any, else 20, or "
+                             "as many as there are)")
     parser.add_argument("--split", choices=("test", "validation"), default="test",
                         help="validation is for choosing settings, test for reporting (default: %(default)s)")
     parser.add_argument("--seed", type=bounded(int, 0, 2 ** 63), default=0,

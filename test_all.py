@@ -429,8 +429,8 @@ def test_prompt_is_a_numbered_list_of_the_ten_latest_or_as_many_as_told_that_end
     example = data.Example("u", [f"F{i}" for i in range(13)], "F", ["G"])
     for dataset, latest in ((data.Dataset({}, []), 10), (data.Dataset({}, [], latest=12), 12)):
         (prompt, _), = evaluation.encode(tiny(), byte_tokenizer(), dataset, [example])
-        assert byte_tokenizer().decode(prompt) == "\n".join(
-            ["Items chosen, in order:", *(f"{i + latest - 12}. F{i}" for i in range(13 - latest, 13)), f"{latest + 1}."])
+        lines = [f"{i + latest - 12}. F{i}" for i in range(13 - latest, 13)]
+        assert byte_tokenizer().decode(prompt) == "\n".join(["Items chosen, in order:", *lines, f"{latest + 1}."])
     assert data.response("2001: A Space Odyssey (1968)") == " 1968 2001: A Space Odyssey\n"
 
 

@@ -50,7 +50,7 @@ def parse():
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
         % LEARNING_RATES)
     add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
-    add("--rank", type=positive, default=8, help="of the adapters; alpha is twice that (default: %(default)s)")
+    add("--rank", type=positive, default=8, help="of fresh adapters; alpha is twice that (default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
     add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
         "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
@@ -103,7 +103,7 @@ def require_same(folder, saved, settings, keys):
     """ValueError, naming the setting, unless what is in `folder` was trained with the same ones."""
     for key in keys:
         if saved.get(key) != settings[key]:
-            raise ValueError(f"{folder} was trained with {key} {saved.get(key)}, not {settings[key]}: "
+            raise ValueError(f"{folder} was trained with {key} {saved.get(key)!r}, not {settings[key]!r}: "
                              f"choose another folder with --out, or delete it")
 
 
@@ -352,7 +352,7 @@ def main():
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, examples, prompt=args.prompt))
     print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
-             else "next: the same command with --stage dmpo"))
+             else "next: the same command with --stage dmpo --init sft (and --lr and --epochs of that stage, if any)"))
 
 
 if __name__ == "__main__":
