@@ -1544,7 +1544,7 @@ def test_prompts_that_list_candidates_and_adapters_from_other_data_are_evaluated
         status, _, err = command(evaluation.main, "runs/toy", "--data", "toy.csv", "--candidates", "all")
         assert status == 1 and "listed in a prompt" in err
         status, _, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1)
-        assert status == 1 and "heading Films seen" in err, err
+        assert status == 1 and "heading 'Films seen" in err, err
 
 
 def test_bad_input_gets_one_line_and_a_status():
