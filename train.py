@@ -352,7 +352,8 @@ def main():
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, examples, prompt=args.prompt))
     print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
           + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
-             else "next: the same command with --stage dmpo --init sft (and --lr and --epochs of that stage, if any)"))
+             else f"next: the same command with --stage dmpo --init sft --rank {settings['rank']} (and --lr and --epochs "
+                  "of that stage, if any)"))
 
 
 if __name__ == "__main__":
