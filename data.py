@@ -103,7 +103,7 @@ def tokenize_response(tokenizer, item):
 
 
 def load_tokenizer(folder):
-    """The tokenizer.json of a Hugging Face folder; ValueError where it is missing or damaged."""
+    """The tokenizer.json of a Hugging Face folder; ValueError where it is missing, damaged or ends texts."""
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -111,6 +111,9 @@ def load_tokenizer(folder):
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
     tokenizer.no_padding()  # some files have one or the other switched on
     tokenizer.no_truncation()
+    ends = [tokenizer.encode("1.", add_special_tokens=special).ids[-1:] for special in (True, False)]
+    if ends[0] != ends[1]:
+        raise ValueError(f"{path}: puts a token of its own behind every text, where titles should go on")
     return tokenizer
 
 
@@ -134,8 +137,8 @@ def heldout(dataset, split, negatives, seed=0, users=None):
     """The Examples of `split` "validation" or "test", one per user or the data's own; or a random sample of `users`.
 
     negatives: a number: so many are drawn uniformly from what the user never touched (0: none, for ranking the whole
-    catalogue); "given": the data's own; None: an example's own if it has any, else 19 drawn, or all if fewer are left.
-    Histories are whole, not cut to `latest`. ValueError if there is no example, or there are too few titles.
+    catalogue); "given": the data's own; None: an example's own if it has any, else 19 drawn, or as many as every user
+    leaves. Histories are whole, not cut to `latest`. ValueError if there is no example, or there are too few titles.
     """
     end = {"validation": -2, "test": -1}[split]
     if dataset.given:
@@ -311,7 +314,10 @@ def load_interactions(path):
                     if not math.isfinite(float(time)):
                         raise ValueError(f"{time!r} is not a number")
                     yield sys.intern(user), float(time), titles[item]  # one copy of each text
-            except (csv.Error, ValueError) as error:  # or what is no UTF-8
+            except UnicodeDecodeError as error:  # in a block of bytes, of whose lines `rows` has read none yet
+                line = rows.line_num + 1 + error.object[:error.start].count(b"\n")
+                raise ValueError(f"{path}: line {line}: not UTF-8 ({error.reason})") from None
+            except (csv.Error, ValueError) as error:
                 raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
 
     return from_events(events())
@@ -350,8 +356,8 @@ def read_example(row, line):
         raise ValueError('must be {"history": [..], "positive": "..", "negatives": [..]}, all titles')
     positive, *titles = map(one_line, [positive, *history, *negatives])
     history, negatives = titles[:len(history)], titles[len(history):]
-    if positive in negatives or len(set(negatives)) < len(negatives):
-        raise ValueError("a negative stands twice or is the positive")
+    if positive in history or positive in negatives or len(set(negatives)) < len(negatives):
+        raise ValueError("the positive stands in the history or among the negatives, or a negative stands twice")
     user, split = row.get("user", f"line {line}"), row.get("split")
     if type(user) not in (str, int) or split not in (None, "train", "validation", "test"):
         raise ValueError("user must be text or an integer, and split train, validation or test")

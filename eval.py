@@ -125,10 +125,10 @@ def measure(rank, candidates):
     return values | {"NDCG@10": ndcg[10], "MRR": 1 / rank}
 
 
-def interval(values, seed=0, draws=2000):
+def interval(values):
     """95 % bootstrap interval of the mean of values (users,): users are drawn again with replacement."""
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(2000)]
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
@@ -214,15 +214,16 @@ class SASRec(nn.Module):
         return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
 
 
-def fit_sasrec(sequences, items, epochs=120, seed=0):
-    """SASRec trained for `epochs` passes: a step draws 128 sequences anew, and of each a random window of 51 items.
+def fit_sasrec(sequences, items, epochs=120):
+    """SASRec trained for `epochs` passes: a step draws up to 128 sequences anew, and of each a random window of up
+    to 51 items.
 
     It never reads more of a history than it was trained on: further places would have no meaning yet.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     longest = max(map(len, sequences), default=2)
-    rng, model = random.Random(seed), SASRec(items, min(50, longest - 1))
+    rng, model = random.Random(0), SASRec(items, min(50, longest - 1))
     steps = epochs * -(-len(sequences) // 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
@@ -304,10 +305,11 @@ def find_adapters(paths):
                               "shots": int, "seed": int, "moments": int, "latest": int}.items():
                 if key in saved and not isinstance(saved[key], kind):
                     raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
-            if folder.name == "base":
+            name = folder.absolute().name  # also of "."
+            if name == "base":
                 raise ValueError(f"{folder}: base is the name of the model's own row: call this folder something else")
             if not any(folder.samefile(place) for _, place, _ in found):  # a run and an adapter in it may be named
-                found.append((folder.name, folder, saved))
+                found.append((name, folder, saved))
 
     def full(name, folder, saved):
         others = [other for other_name, place, other in found if other_name == name and place != folder]
@@ -586,12 +588,12 @@ def choose_device(name, dtype):
     return device, torch.bfloat16 if half > 2 * single else torch.float32
 
 
-def matmul_rate(device, dtype, seconds=0.2):
+def matmul_rate(device, dtype):
     """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536), the best seen."""
     x, w = torch.randn(1536, 576, device=device).to(dtype), torch.randn(1536, 576, device=device).to(dtype)
     repeats = 200 if device.type == "cuda" else 5
     torch.nn.functional.linear(x, w).sum().item()  # the first product also loads the library
-    best, end = 0.0, time.perf_counter() + seconds
+    best, end = 0.0, time.perf_counter() + 0.2
     while time.perf_counter() < end:
         start = time.perf_counter()
         for _ in range(repeats):
@@ -671,7 +673,7 @@ def candidates(text):
 
 def add_shared_options(parser, dataset):
     """What open_all needs, --data to --dtype, the same for train.py; `dataset` is the default."""
-    parser.add_argument("--data", default=dataset, type=os.path.normpath,
+    parser.add_argument("--data", default=dataset, type=os.path.relpath,
                         help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
                              f"(default: {dataset or 'that of the adapters'})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")

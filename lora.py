@@ -87,7 +87,7 @@ def save(model, folder, base=""):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none",
               "lora_dropout": 0.0, "inference_mode": True, **model.lora_config}
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
-    tensors = {key: value.cpu().contiguous() for key, value in state(model).items()}
+    tensors = {key: value.cpu() for key, value in state(model).items()}
     write_file(folder / "adapter_model.safetensors", save_tensors(tensors, {"format": "pt"}))
 
 
@@ -101,6 +101,7 @@ def load(model, folder):
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     config, saved = llama.read_json(path), llama.read_tensors(weights)
     refuse_unsupported(path, config)
+    # before anything is attached, as a damaged r may ask for terabytes
     if not saved or any(value.ndim != 2 or value.shape[0 if "lora_A" in key else 1] != config["r"]
                         for key, value in saved.items()):
         raise ValueError(f"{weights}: its tensors do not fit r {config['r']} in {path.name}")
@@ -152,7 +153,7 @@ def main():
         sys.exit("usage: python lora.py BASE ADAPTER OUT")
     base, adapter, out = map(Path, sys.argv[1:])
     try:
-        if list(out.glob("model-*.safetensors")):
+        if list(out.glob("model*.safetensors")):
             raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
         merged = merge(load(llama.load(base), adapter))
         out.mkdir(parents=True, exist_ok=True)

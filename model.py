@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         return x * scale.to(x.dtype) * self.weight
 
 
-def rope_frequencies(config, device=None):
+def rope_frequencies(config, device):
     """Rotations per position, in radians, of the d/2 pairs of a head's dimensions -> (d/2,) float32.
 
     arXiv 2104.09864; with `rope_scaling`, slow rotations are slowed further as Llama 3.1 does for long contexts.

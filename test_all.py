@@ -31,7 +31,7 @@ from unittest import mock
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import data
 import dmpo
@@ -396,6 +396,8 @@ def test_save_load_and_merge_keep_the_outputs():
         assert status == 0, err
         close(llama.load(f"{folder}/merged")(ids), expected, 1e-4)
         assert data.load_tokenizer(f"{folder}/merged").get_vocab_size() == 256
+        status, _, err = command(lora.main, base, f"{folder}/adapter", f"{folder}/merged")
+        assert status and "holds another model's weights" in err  # and keeps them
 
 
 def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
@@ -456,7 +458,7 @@ def test_prompt_and_response_tokens_together_are_those_of_the_whole_text():
     assert sentencepiece_tokenizer().encode(" Alien").ids != responses[0]  # alone it would have been another
 
 
-def test_tokenizers_that_merge_the_prompts_end_are_refused_and_none_truncates():
+def test_tokenizers_that_merge_or_go_past_the_prompts_end_are_refused_and_none_truncates():
     merging = Tokenizer(models.BPE({**byte_tokenizer().get_vocab(), ".Ġ": 256}, [(".", "Ġ")]))  # full stop and space
     merging.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     refused(lambda: data.tokenize_response(merging, "Heat"), "merges")
@@ -465,6 +467,9 @@ def test_tokenizers_that_merge_the_prompts_end_are_refused_and_none_truncates():
         short.enable_truncation(5)
         short.save(f"{folder}/tokenizer.json")
         assert len(data.load_tokenizer(folder).encode("ten letters").ids) == 11
+        short.post_processor = processors.TemplateProcessing("$A A", special_tokens=[("A", short.token_to_id("A"))])
+        short.save(f"{folder}/tokenizer.json")
+        refused(lambda: data.load_tokenizer(folder), "behind every text")
 
 
 def test_last_item_is_the_test_the_one_before_validation_the_rest_training():
@@ -585,7 +590,7 @@ def test_your_own_malformed_interactions_are_refused_by_line():
         (CSV_HEADER + ",2,1,Alien\n", ("line 2", "user")),
         (CSV_HEADER + good + "b,1,1,Alien\n", ("line 3", "'1'", "Heat")),
         (CSV_HEADER + 'a,1,1,"open\n', ("line 2", "unexpected end")),
-        (CSV_HEADER.encode() + b"a,1,1,\xff\n", ("utf-8",)),
+        (CSV_HEADER.encode() + b"a,1,1,Heat\n" * 999 + b"a,1,1,\xff\n", ("line 1001", "UTF-8")),
         (CSV_HEADER + f"a,1,1,{'x' * 200_000}\n", ("line 2", "field larger")),
     ):
         refused(lambda: read_text(text, "own.csv"), *words)
@@ -643,7 +648,7 @@ def test_your_own_malformed_examples_are_refused_by_line():
         ("{", ("line 1",)), (good + "[]", ("line 2", "must be")), ("[" * 100_000, ("line 1",)),
         ('{"history": [], "positive": "B"}', ("line 1", "must be")), ('{"history": ["A"]}', ("line 1", "must be")),
         ('{"history": ["A"], "positive": 3}', ("line 1", "must be")),
-        (good + good.replace("C", "B"), ("line 2", "positive")),
+        (good + good.replace("C", "B"), ("line 2", "positive")), (good.replace("B", "A"), ("line 1", "in the history")),
         ('{"history": ["A"], "positive": "\\n", "negatives": []}', ("line 1", "must be")),
         (good.replace('"C"', '"C", "C"'), ("line 1", "twice")),
         (good.replace("}", ', "split": "dev"}'), ("line 1", "split")),
@@ -1708,7 +1713,7 @@ def benchmark_catalogue():
     examples, catalogue = data.heldout(dataset, "validation", 0, users=6), dmpo.pack_catalogue(titles)
 
     def tokens(example):
-        return tokenizer.encode(data.prompt(example.history)).ids
+        return evaluation.encode(model, tokenizer, dataset, [example])[0][0]
 
     def row_by_row(example):
         return evaluation.log_probabilities(model, [[(tokens(example), [title])] for title in titles])

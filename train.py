@@ -50,7 +50,8 @@ def parse():
     add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
         % LEARNING_RATES)
     add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
-    add("--rank", type=positive, default=8, help="of fresh adapters; alpha is twice that (default: %(default)s)")
+    add("--rank", type=evaluation.bounded(int, 1, 65536), default=8, help="of fresh adapters; alpha is twice that "
+        "(default: %(default)s)")
     add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
     add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
         "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
@@ -104,7 +105,7 @@ def require_same(folder, saved, settings, keys):
     for key in keys:
         if saved.get(key) != settings[key]:
             raise ValueError(f"{folder} was trained with {key} {saved.get(key)!r}, not {settings[key]!r}: "
-                             f"choose another folder with --out, or delete it")
+                             "choose another folder with --out, or delete it")
 
 
 # A run that was cut off goes on from its checkpoint: adapters, the optimiser's state, the number of steps done. No
@@ -116,7 +117,7 @@ def save_checkpoint(path, model, optimizer, settings, steps):
     tensors = lora.state(model)
     for i, averages in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    tensors = {key: value.cpu() for key, value in tensors.items()}
     about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size}
     content = json.dumps(about).encode() + b"\n" + save_tensors(tensors)
     lora.write_file(path, hashlib.sha256(content).digest() + content)
