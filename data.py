@@ -197,8 +197,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
             shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
         result.append(shot)
     if len(result) < count:
-        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}: ask for fewer (--shots)" +
-                         ("" if dataset.given else "; only users with four items or more have any"))
+        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}: ask for fewer (--shots); only "
+                         f"{'training examples' if dataset.given else 'users with four items or more'} have any")
     return result
 
 

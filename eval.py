@@ -52,7 +52,7 @@ def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
         tokens, most = len(prompt) + max(map(len, responses)), model.config.max_position_embeddings
         if tokens > most:
             raise ValueError(f"user {example.user or 'asked for'}: prompt and title have {tokens} tokens, more than "
-                             f"the {most} that the model takes")
+                             f"the {most} that the model takes (--latest N lists fewer items)")
     return result
 
 
@@ -273,13 +273,15 @@ def rank_by(fit, dataset, examples, sequences):
 def rank_baselines(dataset, examples, seen):
     """Every traditional method, fitted to the very shots that adapters saw, given as [(count, seed, moments, latest)]
     (one averaged row per count), and to all that users did before validation -> {name: [ranks (users,)]}."""
-    ranked = {}
+    ranked, everything = {}, data.interactions(dataset)
+    if not everything:
+        raise ValueError(f"{dataset.name}: --baselines have nothing to learn from, as every item is held out")
     for name, fit in BASELINES.items():
         for count, seed, moments, latest in seen:
             last = [shot[-1] for shot in data.shots(replace(dataset, latest=latest), count, 0, seed, moments=moments)]
             few = [[*example.history, example.positive] for example in last]
             ranked.setdefault(f"{name}, {count} shots", []).append(rank_by(fit, dataset, examples, few))
-        ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, data.interactions(dataset))]
+        ranked[f"{name}, all users"] = [rank_by(fit, dataset, examples, everything)]
     return ranked
 
 
@@ -387,6 +389,9 @@ def find_person(dataset, user, text):
     elif user not in dataset.sequences:
         raise ValueError(f"--user {user}: no such user in {dataset.name} (they are called "
                          f"{', '.join(list(dataset.sequences)[:3])}, ..)")
+    elif dataset.given:  # examples, in any order: the user's latest
+        example = next(e for split in ("test", "validation", "train") for e in dataset.given[split] if e.user == user)
+        history, positive, name = example.history, example.positive, f"--user {user}"
     else:
         *history, positive = dataset.sequences[user]
         name = f"--user {user}"
@@ -644,7 +649,7 @@ def run(main):
     except BrokenPipeError:  # whoever read our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, MemoryError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of GPU memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
@@ -673,7 +678,7 @@ def candidates(text):
 
 def add_shared_options(parser, dataset):
     """What open_all needs, --data to --dtype, the same for train.py; `dataset` is the default."""
-    parser.add_argument("--data", default=dataset, type=os.path.relpath,
+    parser.add_argument("--data", default=dataset, type=os.path.normpath,
                         help=f"{', '.join(data.DATASETS)}, or a .csv, .tsv or .jsonl file "
                              f"(default: {dataset or 'that of the adapters'})")
     parser.add_argument("--noun", help="what the prompt calls the items, as in \"films watched\"")
@@ -692,7 +697,8 @@ def parse():
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
     add_shared_options(parser, None)
-    parser.add_argument("--model", help="folder or hub id (default: the one that the adapters were trained on)")
+    parser.add_argument("--model", type=os.path.normpath,
+                        help="folder or hub id (default: the one that the adapters were trained on)")
     parser.add_argument("--prompt", choices=("history", "candidates"),
                         help="list the candidates in the prompt or not (default: as the adapters were trained)")
     parser.add_argument("--users", type=bounded(int, 1),
@@ -717,9 +723,9 @@ def parse():
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
-    if args.json and not (Path(args.json).is_file() if Path(args.json).exists()
-                          else Path(args.json).absolute().parent.is_dir()):
-        parser.error(f"--json {args.json}: neither a file nor a new name in a folder that exists")
+    if args.json and (Path(args.json).suffix != ".json" or not (
+            Path(args.json).is_file() if Path(args.json).exists() else Path(args.json).absolute().parent.is_dir())):
+        parser.error(f"--json {args.json}: neither a file nor a new name, ending in .json, in a folder that exists")
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
     if args.others is not None and (args.person or args.explain):
@@ -753,9 +759,16 @@ def main():
     args = parse()
     usual = Path("runs") / Path(args.data or "ml-100k").stem  # where train.py puts them
     adapters = find_adapters(args.adapters or ([usual] if any(usual.glob("*/adapter_model.safetensors")) else []))
-    if not adapters:
-        print(f"no adapter in {usual} yet (python train.py --stage dmpo makes them): base model only", file=sys.stderr)
+    if args.model and not args.adapters:  # another model's are not meant: this one may hold them already, merged
+        adapters = [adapter for adapter in adapters if adapter[2]["model"] == args.model]
     args.data = args.data or inherit(adapters, "data", "ml-100k")
+    if not adapters:
+        print(f"no adapter {f'for {args.model} ' if args.model else ''}in {usual} yet (python train.py --data "
+              f"{args.data} makes them): base model only", file=sys.stderr)
+    if Path(args.data).is_file():  # which may have been called by another name in training
+        for _, _, saved in adapters:
+            if saved.get("data_sha256") and saved["data_sha256"] == data.file_sha256(args.data):
+                saved["data"] = args.data
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
     if args.prompt == "candidates" and (args.others == 0 or args.person or args.explain):
         raise ValueError("a whole catalogue cannot be listed in a prompt: this needs --prompt history")

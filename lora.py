@@ -153,8 +153,8 @@ def main():
         sys.exit("usage: python lora.py BASE ADAPTER OUT")
     base, adapter, out = map(Path, sys.argv[1:])
     try:
-        if list(out.glob("model*.safetensors")):
-            raise ValueError(f"{out}: holds another model's weights: choose an empty folder")
+        if list(out.glob("model*.safetensors")) or (out / "config.json").exists():
+            raise ValueError(f"{out}: holds another model: choose an empty folder")
         merged = merge(load(llama.load(base), adapter))
         out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

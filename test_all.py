@@ -397,7 +397,7 @@ def test_save_load_and_merge_keep_the_outputs():
         close(llama.load(f"{folder}/merged")(ids), expected, 1e-4)
         assert data.load_tokenizer(f"{folder}/merged").get_vocab_size() == 256
         status, _, err = command(lora.main, base, f"{folder}/adapter", f"{folder}/merged")
-        assert status and "holds another model's weights" in err  # and keeps them
+        assert status and "holds another model" in err  # and keeps them
 
 
 def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
@@ -1211,6 +1211,12 @@ def test_people_get_lists_with_reasons_that_read_well_everywhere():
         assert status == 0 and dataset.items[3] in out and max(map(len, out.splitlines())) <= 44, (out, err)
 
 
+def test_a_person_of_given_examples_has_the_history_of_one():
+    line = '{"user": "a", "history": ["%s", "%s"], "positive": "%s"}\n'
+    dataset = read_text(line % ("C", "D", "E") + line % ("A", "B", "C"), "own.jsonl")  # lines in any order
+    assert evaluation.find_person(dataset, "a", None) == (["C", "D"], "E")
+
+
 def test_people_and_titles_that_are_not_there_are_refused():
     with toy_world():
         items = data.load("toy.csv").items
@@ -1322,6 +1328,12 @@ def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
         assert status == 0 and person["model"] == "dmpo", err  # it recommends, the others' ranks are shown
         assert [row["rank"]["dmpo"] for row in person["recommended"]] == [*range(1, 11)]
         assert set(person["held_out"]["rank"]) == {"base", "sft", "dmpo"}
+        os.symlink("toy.csv", "link.csv")
+        status, out, err = command(evaluation.main, "runs/toy", "--data", "link.csv", "--dtype", "float32")
+        assert status == 0 and "dmpo (toy.csv)" not in out, err  # the same file: the adapters are its own
+        assert command(lora.main, "base", "runs/toy/dmpo", "merged")[0] == 0
+        status, out, err = command(evaluation.main, "--data", "toy.csv", "--model", "merged", "--dtype", "float32")
+        assert status == 0 and "dmpo" not in out and "base model only" in err, err  # not put on top of itself
 
 
 def test_dmpo_starts_where_sft_ended():

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shlex
 import time
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def parse():
     add, positive, above_zero = parser.add_argument, evaluation.bounded(int, 1), evaluation.bounded(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
     evaluation.add_shared_options(parser, "ml-100k")
-    add("--model", default="smollm2-135m", help="Hugging Face folder, hub id, or the default, %(default)s")
+    add("--model", default="smollm2-135m", type=os.path.normpath,
+        help="Hugging Face folder, hub id, or the default, %(default)s")
     add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
     add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
     add("--moments", type=positive, help="learn this many of a shot's last items, each after those before it; 1: the "
@@ -335,6 +337,8 @@ def main():
         init = args.init if stage == args.stage else "base"
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
         settings = {**stage_settings(args, stage), "init": Path(init).name, "dtype": dtype}
+        if init not in ("base", "sft") and folder.resolve() == Path(init).resolve():
+            raise ValueError(f"--init {init}: what it becomes would be saved there, too: choose another --out")
         if init == "base":
             torch.manual_seed(args.seed)
             lora.attach(model, args.rank, 2 * args.rank)
@@ -352,9 +356,9 @@ def main():
         adapters.append((folder.name, folder, settings))
     evaluation.print_table(evaluation.evaluate(model, tokenizer, dataset, adapters, examples, prompt=args.prompt))
     print(f"\nadapters in {', '.join(str(folder) for _, folder, _ in adapters)}\n"
-          + (f"next: python eval.py {args.out}, the same table for all users" if args.stage == "dmpo"
-             else f"next: the same command with --stage dmpo --init sft --rank {settings['rank']} (and --lr and --epochs "
-                  "of that stage, if any)"))
+          + (f"next: python eval.py {shlex.quote(args.out)}, the same table for all users" if args.stage == "dmpo"
+             else f"next: the same command with --stage dmpo --init sft --rank {settings['rank']} "
+                  "(and --lr and --epochs of that stage, if any)"))
 
 
 if __name__ == "__main__":
