@@ -216,7 +216,8 @@ def test_logits_equal_transformers():
               "original_max_position_embeddings": 32}
     for changes in (dict(), dict(num_key_value_heads=6), dict(num_key_value_heads=1), dict(tie_word_embeddings=True),
                     dict(head_dim=16), dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-                    dict(rope_parameters={**llama3, "rope_theta": 5e5}), dict(shards="20KB")):
+                    dict(rope_parameters={**llama3, "rope_theta": 5e5}), dict(shards="20KB"),
+                    dict(rope_parameters={**llama3, "rope_theta": 50.0})):  # with pairs between fast and slow
         torch.manual_seed(0)
         shards = changes.pop("shards", "5GB")
         config = transformers.LlamaConfig(**{**base, "tie_word_embeddings": False, **changes})
@@ -238,6 +239,20 @@ def test_old_config_layout_is_read():
                                    "original_max_position_embeddings": 64})
         config = llama.read_config(folder)
     assert config.rope_theta == 777.0 and config.rope_scaling["factor"] == 8
+
+
+def test_settings_that_a_config_leaves_out_and_tensors_stored_needlessly_are_those_of_transformers():
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_folder(tiny(), folder)
+        weights = load_file(path / "model.safetensors")
+        extra = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # as older checkpoints have
+        save_file(weights | extra, path / "model.safetensors")
+        llama.load(path)
+        config = {key: value for key, value in json.loads((path / "config.json").read_text()).items() if key in (
+            "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+        (path / "config.json").write_text(json.dumps(config))
+        assert llama.read_config(path) == llama.Config(300, 32, 48, 2, 4, 4, 8, 1e-6, 10000.0, None, 2048, False)
 
 
 def test_attention_written_out_for_training_equals_the_fused_kernel():
@@ -348,6 +363,7 @@ def test_fresh_adapter_changes_nothing_but_its_B_gets_a_gradient():
     after.sum().backward()
     for module in lora.adapters(model).values():
         assert module.lora_B.grad.abs().max() > 0 and module.lora_A.grad.abs().max() == 0
+        assert 0.8 < module.lora_A.abs().max() * module.lora_A.shape[1] ** 0.5 <= 1  # uniform within ±1/√in
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"{name}.{key}" for name in lora.adapters(model) for key in ("lora_A", "lora_B")}
 
@@ -446,6 +462,9 @@ def test_a_prompt_may_list_the_candidates_shuffled_alike_for_one_seed():
     lines = prompts[0].splitlines()
     assert prompts[0] == prompts[1] != prompts[2] and sorted(lines[1:9]) == [f"- {item}" for item in "ABCDEFGP"]
     assert lines[0] == "One of these comes next:" and lines[9:] == ["", "Movies:", "1. 1995 Heat", "2."]
+    tokenizer = byte_tokenizer()
+    texts = (tokenizer.decode(data.tokenize(tokenizer, example, "Movies:", seed)[0]) for seed in range(99))
+    assert {text.splitlines().index("- P") for text in texts} == set(range(1, 9))  # the positive may stand anywhere
 
 
 def test_prompt_and_response_tokens_together_are_those_of_the_whole_text():
@@ -465,6 +484,7 @@ def test_tokenizers_that_merge_or_go_past_the_prompts_end_are_refused_and_none_t
     with tempfile.TemporaryDirectory() as folder:
         short = byte_tokenizer()
         short.enable_truncation(5)
+        short.enable_padding(length=20)
         short.save(f"{folder}/tokenizer.json")
         assert len(data.load_tokenizer(folder).encode("ten letters").ids) == 11
         short.post_processor = processors.TemplateProcessing("$A A", special_tokens=[("A", short.token_to_id("A"))])
@@ -509,6 +529,9 @@ def test_negatives_are_untouched_distinct_uniform_and_depend_on_seed_and_user_al
     examples = data.heldout(dataset, "test", 19, seed=5)
     for e in examples:
         assert len(set(e.negatives)) == 19 and not set(e.negatives) & set(dataset.sequences[e.user])
+    for e in data.heldout(dataset, "validation", 19, seed=5):
+        assert not set(e.negatives) & set(dataset.sequences[e.user])  # nor the test item
+    assert len({tuple(data.sample_negatives(dataset.items, set(), 9, 5, "test", user)) for user in "abc"}) == 3
     few = data.heldout(dataset, "test", 19, seed=5, users=7)
     assert len(few) == 7 and all(e in examples for e in few)
     assert data.heldout(dataset, "test", 19, seed=6) != examples
@@ -634,7 +657,9 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     assert [(e.history, e.positive) for e in shot] == [(["A"], "B"), (["A", "B"], "D")]
     assert shot[1].negatives == ["X", "Y"]  # given for the latest only: the others' are drawn
     assert {e.negatives[0] for seed in range(9) for e, *_ in data.shots(dataset, 2, 2, seed, moments=10)} == set("DWXY")
-    dataset = read_text("".join(line % (f"u{i}", f"P{i}", "") for i in range(30)), "own.jsonl")  # no splits: by user
+    both = read_text(line % ("u", "C", ', "split": "train"') + line % ("u", "D", ', "split": "test"'), "own.jsonl")
+    assert both.sequences == {"u": ["A", "B", "C", "D"]}  # what no negative of u may be, in any split
+    dataset = read_text("".join(line % (f"u{i // 2}", f"P{i}", "") for i in range(60)), "own.jsonl")  # split by user
     parts = {name: {e.user for e in part} for name, part in dataset.given.items()}
     assert [len(parts[name]) for name in ("train", "validation", "test")] == [24, 3, 3]
     assert len(set.union(*parts.values())) == 30
@@ -687,6 +712,7 @@ def test_the_authors_format_is_read_into_examples():
             dataset = data.load_paper("x")
     assert dataset.given["train"] == [data.Example("train 1", ["A", "B"], "P", ["N1", "N2 & N3"])]
     assert dataset.given["test"][0] == data.Example("test 1", ["The Clause (1994)", "D"], "R", ["Q"])
+    assert data.interactions(dataset) == [["A", "B", "P"], ["The Clause (1994)"], ["E"]]  # nothing held out
     first = dataset.given["validation"][0]
     assert (first.history, first.positive) == (["The Clause (1994)"], "D") and first.negatives[0] in ("E", "F")
 
@@ -781,19 +807,25 @@ def test_hub_ids_are_found_in_the_hubs_own_cache_without_a_network():
         assert "error: --model some/other" in done.stderr and "Traceback" not in done.stderr, done
 
 
-def test_gguf_is_converted_to_the_weights_that_transformers_reads():
+def test_gguf_is_converted_to_the_weights_settings_and_tokens_that_transformers_reads():
     transformers, _, folder = need("transformers"), need("gguf"), need_model()
     path = data.cache() / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         raise unittest.SkipTest("the GGUF file is not in the cache")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).state_dict()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    theirs, tokenizer = model.state_dict(), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     with tempfile.TemporaryDirectory() as work:
         data.convert_gguf(path, Path(work) / "model")  # anew: the cache's may be an earlier version's
         ours = llama.load(Path(work) / "model", dtype=torch.bfloat16).state_dict()
         assert set(theirs) - set(ours) <= {"lm_head.weight"}
         for name, weight in ours.items():
             assert torch.equal(weight, theirs[name].bfloat16()), name
-        assert llama.read_config(Path(work) / "model") == llama.read_config(folder)
+        del model.config.quantization_config
+        model.config.save_pretrained(work)  # the epsilon is float32 in the file
+        expected = replace(llama.read_config(work), rms_norm_eps=1e-5)
+        assert llama.read_config(Path(work) / "model") == llama.read_config(folder) == expected
+        for text in ("Movies watched, in order:\n1. 1995 Heat\n2.", "Amélie 🎬: it's  映画館 <|im_end|>"):
+            assert data.load_tokenizer(Path(work) / "model").encode(text).ids == tokenizer(text).input_ids
         tokens = data.load_tokenizer(Path(work) / "model").encode("1995 Heat").tokens
         assert tokens[:4] == ["1", "9", "9", "5"]  # every digit a token: titles of one decade share a beginning
 
@@ -880,8 +912,10 @@ def test_tree_gradients_have_the_same_bits_every_time():
         def __call__(self, *_):
             return hidden
 
-    batch = dmpo.pack([shot])
+    batch, threads = dmpo.pack([shot]), torch.get_num_threads()
+    torch.set_num_threads(8)  # with one, indexing has the same bits, too
     first, *others = (torch.autograd.grad(dmpo.response_logps(Model(), batch).sum(), hidden)[0] for _ in range(100))
+    torch.set_num_threads(threads)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -918,6 +952,23 @@ def test_bfloat16_weights_give_nearly_the_same_scores_and_float32_gradients():
     (scores, direction), (rounded_scores, rounded_direction) = found
     close(scores, rounded_scores, 0.5)  # of about -23
     assert direction @ rounded_direction > 0.98
+    model, ids, places = tiny().bfloat16(), torch.arange(20)[None], torch.arange(20)[None]
+    near, far = (model(ids, places + shift).float().flatten() for shift in (0, 900))
+    assert torch.cosine_similarity(near, far, dim=0) > 0.999  # only distances count: angles are float32, however far
+
+
+def test_two_responses_of_one_node_differ_by_their_own_logits_in_float32():
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 16, 512).bfloat16()
+
+    class Model:
+        head = torch.randn(64, 512).bfloat16()
+
+        def __call__(self, *_):
+            return hidden
+
+    (one, two), = dmpo.response_logps(Model(), dmpo.pack([[([1], [[2], [3]])]]))
+    close(one - two, hidden[0, 0].float() @ (Model.head[2].float() - Model.head[3].float()), 1e-4)
 
 
 def test_losses_by_hand():
@@ -929,6 +980,7 @@ def test_losses_by_hand():
     close(dmpo.dmpo_loss(policy, reference, 0.5), (math.log(1 + math.exp(-1.75)) + math.log(2)) / 2, 1e-6)
     close(dmpo.sdpo_loss(policy, reference, 0.5), (math.log(1 + math.exp(-1) + math.exp(-2.5)) + math.log(3)) / 2, 1e-6)
     close(dmpo.sft_loss(torch.tensor([[-6.0, -9.0], [-2.0, -5.0]]), 3 + 1), 2.0, 1e-6)  # positives of 3 and 1 tokens
+    assert dmpo.LOSSES == {"dmpo": dmpo.dmpo_loss, "dpo": dmpo.dmpo_loss, "sdpo": dmpo.sdpo_loss}
     for loss in (dmpo.dmpo_loss, dmpo.sdpo_loss):
         close(loss(policy[:1, :2], reference[:1, :2], 0.5), math.log(1 + math.exp(-1)), 1e-6)  # k = 1: DPO
         extreme = torch.tensor([[-1e4, 0.0, 0.0]], requires_grad=True)
@@ -1021,6 +1073,9 @@ def test_ranking_all_items_is_exact_whatever_beginning_is_scored_first():
         sizes = [sum(len(part) for _, parts in call.args[2] for part in parts) for call in scored.call_args_list]
         assert sizes[::2] == [40] * 4 and max(sizes[1::2]) <= 32  # user by user: all beginnings, then what may be ahead
     assert min(sizes[1::2]) < 32  # with whole titles for beginnings only the likelier ones remain
+    model.model.norm.weight.data.zero_()  # every token alike, so titles of one length tie
+    expected = evaluation.ranks(evaluation.score(model, evaluation.encode(model, tokenizer, dataset, examples)))
+    assert evaluation.catalogue_ranks(model, tokenizer, dataset, examples).tolist() == expected.tolist()
 
 
 def test_ranks_count_ties_against_the_positive():
@@ -1057,9 +1112,13 @@ def test_runs_of_one_name_are_averaged_user_by_user():
     with tempfile.TemporaryDirectory() as folder:
         for seed in (0, 1):
             lora.save(nonzero(lora.attach(model, 2, 8), seed), f"{folder}/{seed}/sft")
-            Path(f"{folder}/{seed}/sft/args.json").write_text(json.dumps({"stage": "sft", "seed": seed}))
+            settings = {"stage": "sft", "seed": seed, "shots": 12, "moments": 3, "latest": 4}
+            Path(f"{folder}/{seed}/sft/args.json").write_text(json.dumps(settings))
         adapters = evaluation.find_adapters([f"{folder}/0", f"{folder}/1"])
-        report = evaluation.evaluate(model, byte_tokenizer(), dataset, adapters, data.heldout(dataset, "test", 9))
+        with mock.patch.object(evaluation, "rank_baselines", return_value={}) as fitted:
+            report = evaluation.evaluate(model, byte_tokenizer(), dataset, adapters, data.heldout(dataset, "test", 9),
+                                         baselines=True)
+    assert fitted.call_args.args[2] == [(12, 0, 3, 4), (12, 1, 3, 4)]  # fitted to the shots that the adapters saw
     base, both = (np.array(report["ranks"][name]) for name in ("base", "sft x2"))
     assert base.shape == (1, 30) and both.shape == (2, 30) and (both[0] != both[1]).any()
     row = report["rows"][1]
@@ -1092,6 +1151,10 @@ def test_a_positive_gets_a_random_place_among_its_ties_in_a_traditional_method()
     examples = [data.Example("u", ["a"], "c", ["b", "d", "e"])] * 300
     rank = evaluation.rank_by(lambda *_: lambda history: np.array([0, 3, 3, 3, 5]), dataset, examples, [])
     assert set(rank) == {2, 3, 4} and min(np.bincount(rank)[2:]) > 70, np.bincount(rank)  # e is ahead, b and d tie
+    dataset = data.Dataset({"u": ["e", "c"]}, list("abcde"))  # without negatives: all that u has not touched
+    rank = evaluation.rank_by(lambda *_: lambda history: np.array([0, 3, 3, 3, 5]), dataset,
+                              [data.Example("u", ["e"], "c", [])] * 300, [])
+    assert set(rank) == {1, 2, 3}, np.bincount(rank)
 
 
 def test_traditional_methods_learn_from_the_adapters_shots_or_from_everything_before_validation():
@@ -1102,7 +1165,11 @@ def test_traditional_methods_learn_from_the_adapters_shots_or_from_everything_be
         return lambda history: np.zeros(items)
     with mock.patch.dict(evaluation.BASELINES, {"spy": spy}, clear=True):
         ranked = evaluation.rank_baselines(dataset, data.heldout(dataset, "test", 5), [(24, 0, 10, 10)])
-    few, everybodys = seen
+        other = toy_data(4, 40, 25)
+        evaluation.rank_baselines(other, data.heldout(other, "test", 5), [(9, 1, 3, 5)])  # shots, seed, moments, latest
+    few, everybodys, windows, _ = seen
+    assert windows == [[*shot[-1].history, shot[-1].positive]
+                       for shot in data.shots(replace(other, latest=5), 9, 0, 1, moments=3)]
     assert list(ranked) == ["spy, 24 shots", "spy, all users"]
     assert everybodys == [items[:-2] for items in dataset.sequences.values()]
     assert few == [[*shot[-1].history, shot[-1].positive] for shot in data.shots(dataset, 24, 0, 0, moments=10)]
@@ -1117,6 +1184,11 @@ def test_sasrec_learns_what_comes_next():
     assert (learnt == 1).mean() > 0.8, learnt  # the toy users walk along a circle
     popular = evaluation.rank_by(evaluation.fit_popularity, dataset, examples, training)
     assert (popular == 1).mean() < 0.4
+    numbers = evaluation.fit_sasrec([[(3 * u + i) % 40 for i in range(7)] for u in range(30)], 40)
+    assert numbers(list(range(9))).argmax() == 9  # reads the latest six
+    model, ids = evaluation.SASRec(40, 8).eval(), torch.arange(6)[None]
+    with torch.no_grad():
+        close(model(ids)[:, :3], model(ids[:, :3]), 1e-5)  # what comes later is not seen
     every = data.heldout(dataset, "test", 0)  # no negatives: among all
     assert (evaluation.rank_by(evaluation.fit_markov, dataset, every, training) == 1).mean() > 0.8
 
@@ -1183,10 +1255,12 @@ def test_the_deletion_test_takes_away_the_three_items_that_speak_most():
     with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch.multiple(
             evaluation, explain=lambda model, tokenizer, dataset, history, titles: (None, [np.arange(len(history))]),
             encode=lambda *args: encoded.append(args[3]) or args[3],  # the examples, which `score` counts
-            score=lambda model, examples: np.zeros((len(examples), 20))):
-        evaluation.check_explanations(None, None, dataset, [], mock.Mock(split="test", seed=0, users=2))
+            score=lambda model, examples: np.array([[0, 1, 1, *[-1] * 17], *[[0] + [-1] * 19] * 5])[:len(examples)]):
+        report = evaluation.check_explanations(None, None, dataset, [], mock.Mock(split="test", seed=0, users=2))
+    assert [report[key] for key in ("rank_without_reasons", "rank_without_random_items", "difference")] == [3, 1, 2]
     assert "95 % interval" in out.getvalue() and len(encoded) == 4
     for (whole,), (best, *random_ones) in zip(encoded[::2], encoded[1::2]):
+        assert best.positive == whole.negatives[0]  # which scores highest
         assert best.history == whole.history[:-3] and len(random_ones) == 5  # here the latest speak most
         assert all(len(e.history) == len(whole.history) - 3 and e.positive == best.positive for e in random_ones)
 
@@ -1207,7 +1281,10 @@ def test_people_get_lists_with_reasons_that_read_well_everywhere():
         typed, pair = f"{dataset.items[3].upper()};{dataset.items[0]}", dataset.items[8:10]
         with mock.patch.dict(os.environ, COLUMNS="44"):
             status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--history", typed,
-                                       "--compare", *pair)
+                                       "--compare", *pair, "--json", "pair.json", "--dtype", "float32")
+        history = [dataset.items[3], dataset.items[0]]
+        _, (a, b) = evaluation.explain(llama.load("base"), byte_tokenizer(), dataset, history, pair)
+        close(list(json.loads(Path("pair.json").read_text())["base"]["effects"].values()), a - b, 1e-4)
         assert status == 0 and dataset.items[3] in out and max(map(len, out.splitlines())) <= 44, (out, err)
 
 
@@ -1228,10 +1305,22 @@ def test_people_and_titles_that_are_not_there_are_refused():
             assert status == 1 and all(word in err for word in words), err
 
 
+def test_bars_to_the_right_speak_for_a_title():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluation.print_bars(["for", "against"], np.array([1.0, -0.5]), [0, 1], 32)
+    assert out.getvalue() == "     +1.00     |####  for\n     -0.50   ##|      against\n", out.getvalue()
+
+
 def test_titles_of_any_script_line_up():
     for text, shown in (("abc", "abc"), ("abcdefgh", "abcdef"), ("映画館", "映画館"), ("映画館x", "映画館"),
                         ("x映画館", "x映画"), ("e\u0301" * 7, "e\u0301" * 6), ("فيلم", "فيلم")):
         assert evaluation.cut(text, 6) == shown, text
+
+
+def test_bfloat16_is_chosen_where_it_multiplies_at_least_twice_as_fast():
+    for half, dtype in ((1.9, torch.float32), (2.1, torch.bfloat16)):
+        with mock.patch.object(evaluation, "matmul_rate", lambda _, kind: half if kind == torch.bfloat16 else 1.0):
+            assert evaluation.choose_device("cpu", "auto")[1] == dtype
 
 
 def test_operations_by_hand():
@@ -1304,26 +1393,30 @@ def test_a_step_moves_the_adapters_by_the_learning_rate_along_the_clipped_gradie
 
 def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
     with toy_world():
-        status, out, err = command(train.main, "--stage", "dmpo", *TOY, "--epochs", 8, "--lr", 0.005)
+        status, out, err = command(train.main, "--stage", "dmpo", *TOY, "--epochs", 8, "--lr", 0.005, "--seed", 1,
+                                   "--users", 20)
         assert status == 0, err
         assert "sft -> runs/toy/sft" in out and "next: python eval.py" in out
         for stage, steps, lr in (("sft", 3, train.LEARNING_RATES["sft"]), ("dmpo", 24, 0.005)):  # --lr: of its stage
             lines = [json.loads(line) for line in Path(f"runs/toy/{stage}/log.jsonl").read_text().splitlines()]
             assert len(lines) == steps and all(np.isfinite(line["loss"]) for line in lines)
             assert {"step", "loss", "lr", "examples_per_s", "tokens_per_s"} <= set(lines[0])
-            assert max(line["lr"] for line in lines) == lr
+            assert [line["lr"] for line in lines] == [train.learning_rate(step, steps, lr) for step in range(steps)]
+        config = json.loads(Path("runs/toy/dmpo/adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (8, 16)  # alpha is twice the rank
         assert {"reward_accuracy", "margin"} <= set(lines[0])
         assert abs(lines[0]["loss"] - math.log(2)) < 1e-3 and abs(lines[0]["margin"]) < 1e-3  # starts at its reference
         assert np.mean([line["margin"] for line in lines[-3:]]) > 0.01
         first = out[out.index("toy.csv: test items"):out.index("adapters in")].strip()
         status, again, err = command(evaluation.main, "--data", "toy.csv", "--dtype", "float32", "--device", "cpu",
-                                     "--json", "table.json")
+                                     "--users", 20, "--json", "table.json")
         assert status == 0 and first in again, err
         report = json.loads(Path("table.json").read_text())
         assert [row["name"] for row in report["rows"]] == ["base", "sft", "dmpo"]
-        assert set(report) >= {"data", "candidates", "users", "seed", "rows"} and report["users"] == 30
+        assert set(report) >= {"data", "candidates", "users", "seed", "rows"} and report["users"] == 20
         assert set(report["rows"][0]) == {"name", "ci95", "HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR"}
-        status, _, err = command(evaluation.main, "--data", "toy.csv", "--user", "3", "--json", "person.json")
+        status, _, err = command(evaluation.main, "--data", "toy.csv", "--user", "3", "--explain", "--dtype", "float32",
+                                 "--json", "person.json")
         person = json.loads(Path("person.json").read_text())
         assert status == 0 and person["model"] == "dmpo", err  # it recommends, the others' ranks are shown
         assert [row["rank"]["dmpo"] for row in person["recommended"]] == [*range(1, 11)]
@@ -1334,6 +1427,43 @@ def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
         assert command(lora.main, "base", "runs/toy/dmpo", "merged")[0] == 0
         status, out, err = command(evaluation.main, "--data", "toy.csv", "--model", "merged", "--dtype", "float32")
         assert status == 0 and "dmpo" not in out and "base model only" in err, err  # not put on top of itself
+        model, dataset, history = llama.load("base"), data.load("toy.csv"), person["history"]
+        titles = [item for item in dataset.items if item not in history]
+        for name, folder in (("base", None), ("sft", "runs/toy/sft"), ("dmpo", "runs/toy/dmpo")):
+            scores, effects = evaluation.explain(lora.load(model, folder), byte_tokenizer(), dataset, history, titles)
+            for row in person["recommended"]:
+                assert row["rank"][name] == (scores >= scores[titles.index(row["title"])]).sum()
+        close([list(row["effects"].values()) for row in person["recommended"]],
+              effects[[titles.index(row["title"]) for row in person["recommended"]]], 1e-3)
+
+
+def test_the_defaults_are_those_that_the_readme_states():
+    with mock.patch.object(sys, "argv", ["train.py"]):
+        args = vars(train.parse())
+    assert train.LEARNING_RATES == {"sft": 1e-3, "dmpo": 5e-4} and args.items() >= dict(
+        stage="dmpo", loss="dmpo", init="sft", data="ml-100k", shots=100, moments=10, latest=10, batch_size=2, epochs=1,
+        rank=8, beta=0.1, negatives=4, sample="given", prompt="history", users=200, seed=0).items()
+
+
+def test_an_epoch_takes_every_shot_once_in_an_order_of_its_own_without_weight_decay():
+    with toy_world(), mock.patch.object(train, "update", wraps=train.update) as updates:
+        status, _, err = command(train.main, *TOY, "--stage", "sft", "--epochs", 2, "--users", 5)
+    assert status == 0, err
+    picked = [call.args[5] for call in updates.call_args_list]  # three steps an epoch
+    first, second = sum(picked[:3], []), sum(picked[3:], [])
+    assert sorted(first) == sorted(second) == list(range(24)) and first != second and sorted(first) != first
+    assert updates.call_args.args[1].param_groups[0]["weight_decay"] == 0
+
+
+def test_eval_ranks_the_split_the_candidates_and_the_users_asked_for():
+    with toy_world():
+        status, _, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--dtype", "float32",
+                                 "--split", "validation", "--seed", 3, "--candidates", 6, "--users", 5,
+                                 "--json", "table.json")
+        assert status == 0, err
+        dataset, model, report = data.load("toy.csv"), llama.load("base"), json.loads(Path("table.json").read_text())
+        examples = evaluation.encode(model, byte_tokenizer(), dataset, data.heldout(dataset, "validation", 5, 3, 5))
+        assert report["ranks"]["base"] == [evaluation.ranks(evaluation.score(model, examples)).tolist()]
 
 
 def test_dmpo_starts_where_sft_ended():
@@ -1342,6 +1472,10 @@ def test_dmpo_starts_where_sft_ended():
         sft, after = (load_file(f"runs/toy/{stage}/adapter_model.safetensors") for stage in ("sft", "dmpo"))
         assert status == 0 and all((sft[key] - after[key]).abs().max() < 1e-6 for key in sft), err
         assert max(sft[key].abs().max() for key in sft if "lora_B" in key) > 1e-4  # a fresh adapter's would be 0
+        shutil.rmtree("runs/toy/sft")  # another SFT in its place is another reference
+        assert command(train.main, *TOY, "--stage", "sft", "--lr", 0.01, "--epochs", 1)[0] == 0
+        status, _, err = command(train.main, *TOY, "--lr", 1e-9, "--epochs", 1)
+        assert status == 1 and "reference" in err, err
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another():
@@ -1355,13 +1489,13 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another():
 
 
 @contextlib.contextmanager
-def interrupted_run(*args):
-    """A toy run, in its folder, that was cut off after four steps, by default of SFT, and left its checkpoint."""
+def interrupted_run(*args, steps=4):
+    """A toy run, in its folder, that was cut off after some steps, by default of SFT, and left its checkpoint."""
     with toy_world(), mock.patch.object(train, "CHECKPOINT_SECONDS", 0):
         original, calls = train.update, itertools.count(1)
 
         def failing(*arguments):
-            if next(calls) > 4:
+            if next(calls) > steps:
                 raise OSError("No space left on device")
             return original(*arguments)
         with mock.patch.object(train, "update", failing):
@@ -1382,12 +1516,12 @@ def assert_same_files(a, b, stages=("sft", "dmpo")):
 
 
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_in_the_same_files_bit_for_bit():
-    with interrupted_run("--stage", "dmpo"):  # after the three steps of SFT and one of DMPO's nine
+    with interrupted_run("--stage", "dmpo", steps=7):  # the three of SFT and four of DMPO's nine: in the second epoch
         with open("runs/toy/dmpo/log.jsonl", "a") as log:
-            log.write('{"step": 1, "lo')  # written after the checkpoint
+            log.write('{"step": 4, "lo')  # written after the checkpoint
         args = (*TOY, "--epochs", 3)
         status, out, err = command(train.main, *args)
-        assert status == 0 and "going on after step 1, from runs/toy/dmpo" in out, (out, err)
+        assert status == 0 and "going on after step 4, from runs/toy/dmpo" in out, (out, err)
         assert command(train.main, *args, "--out", "whole")[0] == 0
         assert_same_files("runs/toy", "whole")
 
@@ -1398,19 +1532,28 @@ def benchmark_kill_25_times():
     program = (f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import eval, train; "
                "train.CHECKPOINT_SECONDS = 0; eval.run(train.main)")
     command_line = [sys.executable, "-c", program, *map(str, TOY), "--epochs", "2", "--users", "5", "--out", "killed"]
-    rng, kills, environment = random.Random(0), 0, {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng, kills, resumed = random.Random(0), 0, 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def steps():
+        return sum(len(log.read_bytes().splitlines()) for log in Path("killed").glob("*/log.jsonl"))
     with toy_world():
-        began = time.perf_counter()
         subprocess.run([*command_line[:-1], "whole"], env=environment, capture_output=True, check=True)
-        whole = time.perf_counter() - began
         while kills < 25:
-            try:
-                subprocess.run(command_line, env=environment, capture_output=True, check=True,
-                               timeout=rng.uniform(0.3 * whole, 1.1 * whole))  # when it is over, SIGKILL
+            most = steps() + rng.randint(1, 5)  # of three for SFT and six for DMPO
+            run = subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            while run.poll() is None and steps() < most:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
+            run.kill()
+            resumed += b"going on after" in run.communicate()[0]
+            if run.returncode == 0:
                 assert_same_files("killed", "whole")
                 shutil.rmtree("killed")  # and begin anew
-            except subprocess.TimeoutExpired:
+            else:
+                assert run.returncode == -signal.SIGKILL
                 kills += 1
+        assert resumed > 5, resumed
         subprocess.run(command_line, env=environment, capture_output=True, check=True)
         assert_same_files("killed", "whole")
 
@@ -1462,6 +1605,9 @@ def test_two_runs_in_one_folder_are_refused():
         status, _, err = command(train.main, *TOY, "--epochs", 1, "--stage", "sft")
         assert status == 1 and "another run is at work" in err, err
         held.close()
+        with mock.patch.object(train, "update", wraps=train.update) as update:  # a run holds it while it trains
+            update.side_effect = lambda *_: refused(lambda: train.lock(Path("runs/toy/sft"))) or mock.DEFAULT
+            assert command(train.main, *TOY, "--epochs", 1, "--stage", "sft")[0] == 0 and update.called
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -1512,12 +1658,14 @@ def test_two_processes_make_the_adapter_and_the_table_of_one():
 
 def test_every_loss_and_start_trains_and_lands_in_its_folder():
     with toy_world():
-        for extra in (("--loss", "sdpo", "--checkpoint-activations"), ("--loss", "dpo"),
+        for extra in (("--loss", "sdpo", "--checkpoint-activations"), ("--loss", "dpo", "--beta", 0.3),
                       ("--init", "base", "--out", "frombase"),
                       ("--init", "runs/toy/sft", "--out", "again", "--loss", "sdpo"),
                       ("--init", "runs/toy/sft", "--out", "more", "--stage", "sft", "--lr", 1e-9)):
             status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
             assert status == 0, err
+        saved = json.loads(Path("runs/toy/dpo/args.json").read_text())
+        assert (saved["beta"], saved["negatives"]) == (0.3, 1)
         again, first = (Path(run, "sdpo/adapter_model.safetensors").read_bytes() for run in ("again", "runs/toy"))
         assert again == first, "from SFT's folder or right after SFT: the same adapter"
         more, first = (load_file(f"{run}/sft/adapter_model.safetensors") for run in ("more", "runs/toy"))
@@ -1537,10 +1685,11 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
 
 def test_hard_negatives_are_those_that_the_reference_scores_highest():
     dataset, tokenizer, model = toy_data(), byte_tokenizer(), tiny()
-    settings = {"stage": "dmpo", "seed": 0, "shots": 6, "negatives": 2, "prompt": "history", "sample": "hard",
+    settings = {"stage": "dmpo", "seed": 1, "shots": 6, "negatives": 2, "prompt": "history", "sample": "hard",
                 "moments": 2}
-    hard, _ = train.prepare(model, tokenizer, dataset, settings)
-    drawn = [data.tokenize(tokenizer, e, dataset.heading) for e in sum(data.shots(dataset, 6, 10, 0, moments=2), [])]
+    hard, validation = train.prepare(model, tokenizer, dataset, settings)
+    assert validation == evaluation.encode(model, tokenizer, dataset, data.heldout(dataset, "validation", None))
+    drawn = [data.tokenize(tokenizer, e, dataset.heading) for e in sum(data.shots(dataset, 6, 10, 1, moments=2), [])]
     assert [len(shot) for shot in hard] == [2] * 6
     for (_, chosen), (_, responses), scores in zip(sum(hard, []), drawn, evaluation.score(model, drawn)):
         best = sorted(range(1, 11), key=lambda i: -scores[i])[:2]
@@ -1551,16 +1700,26 @@ def test_prompts_that_list_candidates_and_adapters_from_other_data_are_evaluated
     with toy_world():
         example = '{"history": ["A", "B", "C%d"], "positive": "D%d", "negatives": ["E"]}\n'
         Path("pairs.jsonl").write_text("".join(example % (i, i) for i in range(40)))
-        status, out, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1, "--prompt", "candidates", "--sample",
-                                   "popular", "--noun", "films", "--verb", "seen")
-        assert status == 0, err
+        with mock.patch.object(data, "tokenize", wraps=data.tokenize) as used:
+            status, out, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1, "--prompt", "candidates",
+                                       "--sample", "popular", "--noun", "films", "--verb", "seen", "--latest", 4)
+            assert status == 0, err
+            trained = len(used.call_args_list)
+            assert command(evaluation.main, "runs/toy")[0] == 0 and len(used.call_args_list) > trained
+        assert {call.args[2:] for call in used.call_args_list} == {("Films seen, in order:", 0)}  # heading, seed
+        for calls in (used.call_args_list[:trained], used.call_args_list[trained:]):
+            assert max(len(call.args[1].history) for call in calls) == 4
         saved = json.loads(Path("runs/toy/dmpo/args.json").read_text())
         assert (saved["prompt"], saved["heading"]) == ("candidates", "Films seen, in order:")
         status, out, err = command(evaluation.main, "runs/toy", "--data", "pairs.jsonl")
         assert status == 0 and "dmpo (toy.csv)" in out and "AUC" in out, err
+        text = Path("pairs.jsonl").read_text().replace("}", ', "split": "test"}', 10)  # the others are for training
+        Path("parts.jsonl").write_text(text)
+        status, out, err = command(train.main, *TOY, "--data", "parts.jsonl")
+        assert status == 0 and "test items of 10 users" in out, err
         status, _, err = command(evaluation.main, "runs/toy", "--data", "toy.csv", "--candidates", "all")
         assert status == 1 and "listed in a prompt" in err
-        status, _, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1)
+        status, _, err = command(train.main, *TOY, "--shots", 8, "--epochs", 1, "--latest", 4)
         assert status == 1 and "heading 'Films seen" in err, err
 
 
@@ -1592,7 +1751,7 @@ def test_bad_input_gets_one_line_and_a_status():
         for main, args, word in table:
             status, out, err = command(main, *args)
             assert status != 0 and word in err.splitlines()[-1], (args, status, out, err)
-            assert "Traceback" not in err and not Path("out").exists()
+            assert "Traceback" not in err and not Path("out").exists() and not Path("runs").exists()
         command(train.main, *TOY, "--stage", "sft", "--epochs", 1)
         status, _, err = command(train.main, *TOY, "--epochs", 1, "--shots", 10)
         assert status == 1 and "shots 24, not 10" in err, err
