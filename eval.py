@@ -766,8 +766,9 @@ def main():
         print(f"no adapter {f'for {args.model} ' if args.model else ''}in {usual} yet (python train.py --data "
               f"{args.data} makes them): base model only", file=sys.stderr)
     if Path(args.data).is_file():  # which may have been called by another name in training
+        sha256 = data.file_sha256(args.data)
         for _, _, saved in adapters:
-            if saved.get("data_sha256") and saved["data_sha256"] == data.file_sha256(args.data):
+            if saved.get("data_sha256") == sha256:
                 saved["data"] = args.data
     args.prompt = args.prompt or inherit(adapters, "prompt", "history")
     if args.prompt == "candidates" and (args.others == 0 or args.person or args.explain):
