@@ -519,6 +519,8 @@ def test_a_shot_of_several_moments_is_learnt_item_by_item():
         assert len({tuple(e.negatives) for e in shot}) == 4  # drawn anew for each
     learnt = [(e.user, e.positive) for shot in data.shots(dataset, 60, 0, 0, moments=4) for e in shot]
     assert len(set(learnt)) == len(learnt) == 30 * 6  # each training item but a user's first, once
+    both = [tuple(shot[-1].negatives) for shot in data.shots(dataset, 60, 5, 0, moments=4)]
+    assert len(set(both)) == 60  # a user's second shot has negatives of its own
     long = data.Dataset({"u": [f"f{i}" for i in range(40)]}, [f"f{i}" for i in range(50)])
     assert [(shot[0].history, shot[-1].positive, len(shot)) for shot in data.shots(long, 4, 2, 0, moments=99)] == [
         (["f27"], "f37", 10), (["f17"], "f27", 10), (["f7"], "f17", 10), (["f0"], "f7", 7)]  # none left out
@@ -1189,6 +1191,11 @@ def test_sasrec_learns_what_comes_next():
     model, ids = evaluation.SASRec(40, 8).eval(), torch.arange(6)[None]
     with torch.no_grad():
         close(model(ids)[:, :3], model(ids[:, :3]), 1e-5)  # what comes later is not seen
+    starts, forward = set(), evaluation.SASRec.forward
+    with mock.patch.object(evaluation.SASRec, "forward", lambda self, ids: starts.update(ids[:, 0].tolist()) or forward(
+            self, ids)):
+        evaluation.fit_sasrec([list(range(120))] * 4, 120, epochs=10)
+    assert len(starts) > 20 and max(starts) <= 69, "a long history is learnt by windows from all of its places"
     every = data.heldout(dataset, "test", 0)  # no negatives: among all
     assert (evaluation.rank_by(evaluation.fit_markov, dataset, every, training) == 1).mean() > 0.8
 
@@ -1662,8 +1669,9 @@ def test_every_loss_and_start_trains_and_lands_in_its_folder():
                       ("--init", "base", "--out", "frombase"),
                       ("--init", "runs/toy/sft", "--out", "again", "--loss", "sdpo"),
                       ("--init", "runs/toy/sft", "--out", "more", "--stage", "sft", "--lr", 1e-9)):
-            status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
-            assert status == 0, err
+            with mock.patch.object(llama, "checkpoint", wraps=llama.checkpoint) as recomputed:
+                status, out, err = command(train.main, *TOY, "--epochs", 1, *extra)
+            assert status == 0 and recomputed.called == ("--checkpoint-activations" in extra), err
         saved = json.loads(Path("runs/toy/dpo/args.json").read_text())
         assert (saved["beta"], saved["negatives"]) == (0.3, 1)
         again, first = (Path(run, "sdpo/adapter_model.safetensors").read_bytes() for run in ("again", "runs/toy"))
