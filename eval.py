@@ -17,11 +17,8 @@ import math
 import os
 import random
 import resource
-import shutil
 import sys
-import textwrap
 import time
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,22 +132,23 @@ def interval(values):
 def summarise(rows):
     """[(name, {metric: (users,)}, name of the row to compare with or None), ..] -> the JSON rows: means, intervals, and
     paired differences."""
+    def means(values):
+        return {**{key: float(value.mean()) for key, value in values.items()},
+                "ci95": {key: interval(value) for key, value in values.items()}}
+
     result, by_name = [], {name: values for name, values, _ in rows}
     for name, values, to in rows:
-        row = {"name": name, **{key: float(value.mean()) for key, value in values.items()},
-               "ci95": {key: interval(value) for key, value in values.items()}}
+        result.append({"name": name, **means(values)})
         if to:
             paired = {key: value - by_name[to][key] for key, value in values.items()}
-            row["difference"] = {"to": to, **{key: float(value.mean()) for key, value in paired.items()},
-                                 "ci95": {key: interval(value) for key, value in paired.items()}}
-        result.append(row)
+            result[-1]["difference"] = {"to": to, **means(paired)}
     return result
 
 
 def print_table(report):
     """The report as text: each mean ± half the width of its interval, and below it the paired difference."""
     names = list(report["rows"][0]["ci95"])
-    width = max(12, *(len(row["name"]) + 2 for row in report["rows"]))
+    width = max(12, *(len(row["name"]) + 4 for row in report["rows"]))
 
     def line(name, row, sign=""):
         cells = (f"{row[key]:{sign}.3f} ±{(row['ci95'][key][1] - row['ci95'][key][0]) / 2:.3f}" for key in names)
@@ -348,8 +346,7 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1), saved.get("latest", data.HISTORY)))
-        from_base = saved.get("init") == "base" and "reference" not in saved  # with one it was a folder called "base"
-        compared.setdefault(name, "base" if saved.get("stage") == "sft" or from_base else sft)
+        compared.setdefault(name, "base" if saved.get("stage") == "sft" or "reference" not in saved else sft)
         sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, encoded, desc=name)))
@@ -437,86 +434,69 @@ def explain(model, tokenizer, dataset, history, titles):
     return scores[0], (odds[0] - odds[1:]).T
 
 
-def cut(text, width):
-    """As much of the text as fits into `width` terminal columns: wide characters take two, combining ones none."""
-    for at, character in enumerate(text):
-        width -= 0 if unicodedata.combining(character) or unicodedata.category(character) == "Cf" else (
-            2 if unicodedata.east_asian_width(character) in "WF" else 1)
-        if width < 0:
-            return text[:at]
-    return text
+def print_bars(effects):
+    """{history item: what it does for a title} as bars: to the right they speak for the title, to the left against."""
+    largest = max(1e-9, *map(abs, effects.values()))
+    for item, effect in sorted(effects.items(), key=lambda pair: -pair[1]):
+        bar = "#" * round(12 * abs(effect) / largest)
+        left, right = ("", bar) if effect >= 0 else (bar, "")
+        print(f"    {effect:+6.2f} {left:>12}|{right:12}  {item}")
 
 
-def print_bars(history, effect, shown, width):
-    """The effects of some history items as bars: to the right they speak for the title, to the left against it."""
-    half = max(4, min(12, width // 8))
-    unit = max(np.abs(effect).max(), 1e-9) / half
-    for i in shown:
-        length = round(abs(effect[i]) / unit)
-        bar = (" " * half + "|" + "#" * length) if effect[i] >= 0 else " " * (half - length) + "#" * length + "|"
-        print(f"    {effect[i]:+6.2f} {bar:{2 * half + 1}}  {cut(history[i], max(10, width - 2 * half - 15))}")
-
-
-def print_person(report, effects, width):
-    """A report of `recommend`, and what `explain` says of each title, as text."""
-    name = report["model"]
-    others = [other for other in report["recommended"][0]["rank"] if other != name]
-    latest, rows = report["history"][-report["latest"]:], list(report["recommended"])
+def print_person(report):
+    """A report of `recommend`, with the reasons if they were added, as text."""
+    name, rows = report["model"], list(report["recommended"])
+    columns = {other: max(6, len(other)) for other in rows[0]["rank"] if other != name}
     if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
         rows.append(report["held_out"])
-    print("\n".join(["The history, oldest first:", *(f"  {cut(title, width - 2)}" for title in latest)]))
-    text = f"Of {report['titles']} other titles {name} ranks first" + (
-        f" ({', '.join(others)}: their ranks for the same title):" if others else ":")
-    print(f"\n{textwrap.fill(text, width)}\n")
-    print("  rank   score" + "".join(f"{other:>{max(7, len(other) + 1)}}" for other in others) + "  title")
+    print("\n".join(["The history, oldest first:", *(f"  {title}" for title in report["history"][-report["latest"]:])]))
+    print(f"\nOf {report['titles']} other titles {name} ranks first" + (
+        f" ({', '.join(columns)}: their ranks for the same title):\n" if columns else ":\n"))
+    print("  rank   score" + "".join(f" {other:>{width}}" for other, width in columns.items()) + "  title")
     for i, row in enumerate(rows):
         if i == len(report["recommended"]):
             print("   ...")
-        start = f"{row['rank'][name]:6}{row['score']:8.2f}" + "".join(
-            f"{row['rank'][other]:{max(7, len(other) + 1)}}" for other in others)
+        others = "".join(f" {row['rank'][other]:{width}}" for other, width in columns.items())
         mark = "  <- what came next" if row["held_out"] else ""
-        print(f"{start}  {cut(row['title'], max(10, width - len(start) - 2 - len(mark)))}{mark}")
-        if effects is not None and i < len(effects):
-            best = np.argsort(-effects[i])
-            print_bars(latest, effects[i], dict.fromkeys([*best[:3], best[-1]]), width)
+        print(f"{row['rank'][name]:6}{row['score']:8.2f}{others}  {row['title']}{mark}")
+        if "effects" in row:
+            best = sorted(row["effects"], key=row["effects"].get, reverse=True)
+            print_bars({item: row["effects"][item] for item in [*best[:3], best[-1]]})
 
 
 def answer(model, tokenizer, dataset, adapters, args):
     """--user and --history: print the recommendations of the last adapter, or a comparison; returns what was said."""
-    width = min(120, shutil.get_terminal_size().columns)
     history, positive = find_person(dataset, args.user, args.history)
     if len({name for name, *_ in adapters}) < len(adapters):
         raise ValueError("several adapters have one name: name the run that is to recommend")
-    named = [("base", None, {}), *adapters]
-    latest, effects = history[-dataset.latest:], None
+    named, latest = [("base", None, {}), *adapters], history[-dataset.latest:]
     if args.compare:
-        return compare(model, tokenizer, dataset, named, latest, args.compare, width)
+        return compare(model, tokenizer, dataset, named, latest, args.compare)
     report = recommend(model, tokenizer, dataset, named, history, positive, args.top)
     if args.explain:
-        _, effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in report["recommended"]])
-        for row, effect in zip(report["recommended"], effects):
+        rows = report["recommended"]
+        _, effects = explain(model, tokenizer, dataset, latest, [row["title"] for row in rows])
+        for row, effect in zip(rows, effects):
             row["effects"] = dict(zip(latest, effect.tolist()))
-    print_person(report, effects, width)
+    print_person(report)
     return report
 
 
-def compare(model, tokenizer, dataset, adapters, history, pair, width):
+def compare(model, tokenizer, dataset, adapters, history, pair):
     """Print and return, model by model, what each history item does for title A rather than B, and their scores."""
     pair, report = [find_title(dataset, title, "--compare") for title in pair], {}
-    if pair[0] == pair[1]:
-        raise ValueError(f"--compare: both titles are {pair[0]!r}")
     for name, folder, *_ in adapters:
         lora.load(model, folder)
         scores, (a, b) = explain(model, tokenizer, dataset, history, pair)
         report[name] = {"scores": dict(zip(pair, scores.tolist())), "effects": dict(zip(history, (a - b).tolist()))}
-        print(textwrap.fill(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first "
-                            "rather than the second:", width))
-        print_bars(history, a - b, np.argsort(b - a), width)
+        print(f"{name}: {pair[0]} {scores[0]:.2f}, {pair[1]} {scores[1]:.2f}; what speaks for the first rather than "
+              "the second:")
+        print_bars(report[name]["effects"])
     return report
 
 
 def check_explanations(model, tokenizer, dataset, adapters, args):
-    """--explain without a person, a deletion test: print and return whether such explanations mean something.
+    """--explain without a person: a deletion test of whether explanations mean something -> a report for `print_table`.
 
     For each of --users (default: 200), of the title that the last adapter ranks first among 20: its rank without the 3
     history items that speak for it most, and its mean rank without 3 random ones (5 draws).
@@ -539,14 +519,9 @@ def check_explanations(model, tokenizer, dataset, adapters, args):
         rank = ranks(score(model, encode(model, tokenizer, dataset, left)))
         found.append((rank[0], rank[1:].mean()))
     reasons, chance = np.array(found).T
-    low, high = interval(reasons - chance)
-    report = {"users": len(found), "rank_without_reasons": float(reasons.mean()),
-              "rank_without_random_items": float(chance.mean()), "difference": float((reasons - chance).mean()),
-              "ci95": [low, high]}
-    print(f"the first of 20 titles, without the 3 history items that speak for it most: rank {reasons.mean():.2f}; "
-          f"without 3 random ones: {chance.mean():.2f}\ndifference {report['difference']:+.2f} (95 % interval "
-          f"{low:+.2f} to {high:+.2f}; {len(found)} users)")
-    return report
+    rows = [("first title without 3 random items", {"rank": chance}, None),
+            ("first title without its 3 reasons", {"rank": reasons}, "first title without 3 random items")]
+    return {"data": dataset.name, "split": args.split, "candidates": 20, "users": len(found), "rows": summarise(rows)}
 
 
 # The machine, or several: under torchrun every process does a part of the shots or users
@@ -783,6 +758,7 @@ def main():
         report = answer(model, tokenizer, dataset, adapters, args)
     elif args.explain:
         report = check_explanations(model, tokenizer, dataset, adapters, args)
+        print_table(report)
     else:
         began = time.perf_counter()
         examples = data.heldout(dataset, args.split, args.others, args.seed, args.users)

@@ -1259,20 +1259,20 @@ def test_explanations_are_the_change_in_log_odds_without_an_item():
 
 def test_the_deletion_test_takes_away_the_three_items_that_speak_most():
     dataset, encoded = toy_data(), []
-    with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch.multiple(
+    with mock.patch.multiple(
             evaluation, explain=lambda model, tokenizer, dataset, history, titles: (None, [np.arange(len(history))]),
             encode=lambda *args: encoded.append(args[3]) or args[3],  # the examples, which `score` counts
             score=lambda model, examples: np.array([[0, 1, 1, *[-1] * 17], *[[0] + [-1] * 19] * 5])[:len(examples)]):
         report = evaluation.check_explanations(None, None, dataset, [], mock.Mock(split="test", seed=0, users=2))
-    assert [report[key] for key in ("rank_without_reasons", "rank_without_random_items", "difference")] == [3, 1, 2]
-    assert "95 % interval" in out.getvalue() and len(encoded) == 4
+    chance, reasons = report["rows"]
+    assert (chance["rank"], reasons["rank"], reasons["difference"]["rank"]) == (1, 3, 2) and len(encoded) == 4
     for (whole,), (best, *random_ones) in zip(encoded[::2], encoded[1::2]):
         assert best.positive == whole.negatives[0]  # which scores highest
         assert best.history == whole.history[:-3] and len(random_ones) == 5  # here the latest speak most
         assert all(len(e.history) == len(whole.history) - 3 and e.positive == best.positive for e in random_ones)
 
 
-def test_people_get_lists_with_reasons_that_read_well_everywhere():
+def test_people_get_lists_with_reasons():
     with toy_world():
         status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--user", "3", "--top", 4,
                                    "--explain", "--json", "person.json", "--dtype", "float32")
@@ -1286,13 +1286,12 @@ def test_people_get_lists_with_reasons_that_read_well_everywhere():
         assert all(row["title"] in out for row in report["recommended"]) and "<- what came next" in out
         assert set(report["recommended"][0]["effects"]) == set(report["history"]) and "\x1b" not in out
         typed, pair = f"{dataset.items[3].upper()};{dataset.items[0]}", dataset.items[8:10]
-        with mock.patch.dict(os.environ, COLUMNS="44"):
-            status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--history", typed,
-                                       "--compare", *pair, "--json", "pair.json", "--dtype", "float32")
+        status, out, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", "--history", typed,
+                                   "--compare", *pair, "--json", "pair.json", "--dtype", "float32")
         history = [dataset.items[3], dataset.items[0]]
         _, (a, b) = evaluation.explain(llama.load("base"), byte_tokenizer(), dataset, history, pair)
         close(list(json.loads(Path("pair.json").read_text())["base"]["effects"].values()), a - b, 1e-4)
-        assert status == 0 and dataset.items[3] in out and max(map(len, out.splitlines())) <= 44, (out, err)
+        assert status == 0 and dataset.items[3] in out, (out, err)
 
 
 def test_a_person_of_given_examples_has_the_history_of_one():
@@ -1305,7 +1304,6 @@ def test_people_and_titles_that_are_not_there_are_refused():
     with toy_world():
         items = data.load("toy.csv").items
         for args, words in ((("--user", "nobody"), ("no such user",)), (("--history", " ; "), ("no history",)),
-                            (("--history", items[0], "--compare", *items[:1] * 2), ("both titles",)),
                             (("--history", ";".join(items)), ("every title",)),
                             (("--history", items[3][:-2]), ("closest", items[3]))):
             status, _, err = command(evaluation.main, "--model", "base", "--data", "toy.csv", *args)
@@ -1314,14 +1312,9 @@ def test_people_and_titles_that_are_not_there_are_refused():
 
 def test_bars_to_the_right_speak_for_a_title():
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluation.print_bars(["for", "against"], np.array([1.0, -0.5]), [0, 1], 32)
-    assert out.getvalue() == "     +1.00     |####  for\n     -0.50   ##|      against\n", out.getvalue()
-
-
-def test_titles_of_any_script_line_up():
-    for text, shown in (("abc", "abc"), ("abcdefgh", "abcdef"), ("映画館", "映画館"), ("映画館x", "映画館"),
-                        ("x映画館", "x映画"), ("e\u0301" * 7, "e\u0301" * 6), ("فيلم", "فيلم")):
-        assert evaluation.cut(text, 6) == shown, text
+        evaluation.print_bars({"against": -0.5, "for": 1.0})
+    for_it, against = "            |############", "      ######|            "
+    assert out.getvalue() == f"     +1.00 {for_it}  for\n     -0.50 {against}  against\n", out.getvalue()
 
 
 def test_bfloat16_is_chosen_where_it_multiplies_at_least_twice_as_fast():
@@ -1740,7 +1733,7 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, ["--lr", "-1"], "--lr"), (train.main, ["--beta", "inf"], "--beta"),
             (train.main, ["--rank", "1.5"], "--rank"), (train.main, ["--stage", "ppo"], "--stage"),
             (train.main, ["--loss", "dpo", "--negatives", "3"], "one negative"), (train.main, ["--typo"], "--typo"),
-            (train.main, ["--moments", "11"], "--moments"), (train.main, ["--stage", "sft", "--init", "sft"], "--init"),
+            (train.main, ["--stage", "sft", "--init", "sft"], "--init"),
             (train.main, [*TOY, "--model", "nowhere"], "--model nowhere"),
             (train.main, [*TOY, "--device", "tpu9"], "--device"),
             (train.main, [*TOY, "--model", "file"], "--model file"),

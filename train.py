@@ -33,7 +33,6 @@ import model as llama
 LEARNING_RATES = {"sft": 1e-3, "dmpo": 5e-4}
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
-HARD = 5  # --sample hard picks k out of HARD * k drawn negatives
 
 
 def parse():
@@ -76,8 +75,6 @@ def parse():
     args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
     if args.stage == args.init == "sft":
         parser.error("--init sft is for --stage dmpo")
-    if args.moments > args.latest:
-        parser.error(f"--moments {args.moments}: a shot has only as many as --latest, {args.latest}")
     if args.prompt == "candidates" and args.sample == "hard":
         parser.error("--sample hard needs --prompt history: it chooses among more negatives than a prompt lists")
     if args.loss == "dpo" and args.negatives != 1:
@@ -211,8 +208,7 @@ def prepare(model, tokenizer, dataset, settings):
     """The stage's shots, each a list of examples, and the validation examples, as token ids."""
     seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
     shuffle_seed = seed if settings["prompt"] == "candidates" else None
-    shots = data.shots(dataset, settings["shots"], k * HARD if sample == "hard" else k, seed, sample,
-                       settings["moments"])
+    shots = data.shots(dataset, settings["shots"], k, seed, sample, settings["moments"])
     shots = [evaluation.encode(model, tokenizer, dataset, shot, shuffle_seed) for shot in shots]
     if sample == "hard":  # of many more, the k that the reference takes for the likeliest
         scores = evaluation.log_probabilities(model, shots, desc="hard negatives")[:, 1:]  # (N, 5k)
@@ -329,8 +325,7 @@ def main():
     print(f"{args.model} on {device} in {dtype}, {dataset.name}: {len(dataset.sequences)} users, "
           f"{len(dataset.items)} items")
     if args.stage == "dmpo":
-        count = args.negatives * (HARD if args.sample == "hard" else 1)
-        data.shots(dataset, args.shots, count, args.seed, args.sample, args.moments)  # fails now, if it must
+        data.shots(dataset, args.shots, args.negatives, args.seed, args.sample, args.moments)  # fails now, if it must
     examples = data.heldout(dataset, "test", None, users=args.users)  # as eval.py's, whatever this run's seed
     adapters = []
     for stage in ["sft", "dmpo"] if args.init == "sft" else [args.stage]:
