@@ -73,7 +73,8 @@ def prompt(history, heading="Movies watched, in order:", candidates=()):
 
 
 def response(item):
-    """What the model should continue the prompt with; the line break makes "Alien" end where "Aliens" goes on."""
+    """What the model should continue the prompt with. The line break ends the title: without it "Alien" would be a
+    beginning of "Aliens", and never less likely."""
     return f" {year_first(item)}\n"
 
 
@@ -133,7 +134,7 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
                      "--negatives, tables: --candidates; eval.py --explain without a person always takes 19)")
 
 
-def heldout(dataset, split, negatives, seed=0, users=None):
+def heldout(dataset, split, negatives=None, seed=0, users=None):
     """The Examples of `split` "validation" or "test", one per user or the data's own; or a random sample of `users`.
 
     negatives: a number: so many are drawn uniformly from what the user never touched (0: none, for ranking the whole
@@ -387,7 +388,7 @@ def load_paper(name):
             ranking = row["output"] if isinstance(row["output"], str) else row["output"][0]
             *history, _, _ = paper_titles(row["instruction"])
             positive, negative = paper_titles(ranking)
-            found.setdefault((tuple(history), positive), []).append(negative)
+            found.setdefault((tuple(history), positive), []).append(negative)  # rows that differ in it alone
         given[split] = [Example(f"{split} {number}", list(history), positive, negatives)
                         for number, ((history, positive), negatives) in enumerate(found.items(), 1)]
     loaded, pool = from_examples(given), [title for example in given["test"] for title in example.history]

@@ -1,12 +1,12 @@
 r"""One user's shot is one token tree; the tree gives log-probabilities; they give the SFT, DPO, DMPO, S-DPO losses.
 
-    .. 2. ─ 19 ┬ 95 ─ Heat ─ \n ─ 3. ─ 19 ┬ 79 ─ Alien     node i: token[i], parent[i], position[i] = depth
-               │                          └ 86 ─ Aliens    i may attend to j  ⇔  j is i or an ancestor of i
-               └ 86 ─ Aliens                               log p(response) = Σ of log p(token | parent's hidden state)
+    .. 2. ─ 19 ┬ 79 ─ Alien ─ \n ─ 3. ─ 19 ┬ 86 ─ Aliens   node i: token[i], parent[i], position[i] = depth
+               │                           └ 94 ─ Speed    i may attend to j  ⇔  j is i or an ancestor of i
+               └ 96 ─ Fargo                                log p(response) = Σ of log p(token | parent's hidden state)
 
 Notable:
 - The prompt is computed once for all responses to it, and so is whatever else begins alike: responses, and the prompts
-  of one user at several moments. Above, "2." is answered by Heat or Aliens, and then "3." by Alien or Aliens.
+  of one user at several moments. Above, "2." is answered by Alien or Fargo, and then "3." by Aliens or Speed.
 - A response's last token is predicted, but predicts nothing: it gets a node only where a later prompt goes on from it.
 - It is exact but for rounding: every node sees the tokens and positions that it would see in a row of its own.
 """
@@ -16,28 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-
-@dataclass
-class Batch:
-    """B trees, padded to T nodes each. Together they hold N examples, of at most R responses of at most L tokens, and E
-    edges (predicted tokens, see `tree`) that start from P of the nodes."""
-    ids: torch.Tensor         # (B, T) int64, the nodes' tokens
-    positions: torch.Tensor   # (B, T) int64, their depths
-    mask: torch.Tensor        # (B, T, T) bool, the node itself and its ancestors
-    predicting: torch.Tensor  # (P,) int64, the nodes (b * T + t) that predict a token
-    sources: torch.Tensor     # (E,) int64, which of those P an edge starts from
-    targets: torch.Tensor     # (E,) int64, the token that it predicts
-    paths: torch.Tensor       # (N, R, L) int64, each response's edges; E where there is none
-
-    @property
-    def nodes(self):
-        """How many of the B T places are no padding: a tree's root is at position 0, as is padding."""
-        return int((self.positions > 0).sum()) + len(self.ids)
-
-    def to(self, device):
-        """The same batch on another device."""
-        return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 def tree(examples):
@@ -91,6 +69,28 @@ def group(shots, budget):
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+@dataclass
+class Batch:
+    """B trees, padded to T nodes each. Together they hold N examples, of at most R responses of at most L tokens, and E
+    edges (predicted tokens, see `tree`) that start from P of the nodes."""
+    ids: torch.Tensor         # (B, T) int64, the nodes' tokens
+    positions: torch.Tensor   # (B, T) int64, their depths
+    mask: torch.Tensor        # (B, T, T) bool, the node itself and its ancestors
+    predicting: torch.Tensor  # (P,) int64, the nodes (b * T + t) that predict a token
+    sources: torch.Tensor     # (E,) int64, which of those P an edge starts from
+    targets: torch.Tensor     # (E,) int64, the token that it predicts
+    paths: torch.Tensor       # (N, R, L) int64, each response's edges; E where there is none
+
+    @property
+    def nodes(self):
+        """How many of the B T places are no padding: a tree's root is at position 0, as is padding."""
+        return int((self.positions > 0).sum()) + len(self.ids)
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 def pack(shots):
@@ -153,29 +153,61 @@ def response_logps(model, batch, past=None):
     """
     hidden = model(batch.ids, batch.positions, batch.mask, past)               # (B, T, D)
     hidden = hidden.flatten(0, 1)[batch.predicting]                            # (P, D)
-    # F.embedding(sources, hidden) is hidden[sources], but adds up a node's gradients, one per token that it predicts,
-    # in a fixed order: the same run gives the same bits. (For a vector, as in the next lines, so does indexing.)
+    # F.embedding(sources, hidden) is hidden[sources]; its backward adds up the gradients of a node's tokens in a fixed
+    # order, so that the same run gives the same bits. Indexing a vector, as below, does so by itself.
     chosen = (F.embedding(batch.sources, hidden).float() * model.head[batch.targets]).sum(-1)  # (E,)
     logps = chosen - LogSumExp.apply(hidden, model.head)[batch.sources]        # (E,)
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
-def pack_catalogue(responses, nodes=256, tokens=4096):
+# The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's
+
+
+def sft_loss(logps, tokens):
+    """-Σ log π(positive) / tokens, for logps (N, R), of which only column 0, the positives', counts. `tokens`: those of
+    all positives of the step, so that the losses of its groups (see train.backward) add up to the mean over tokens."""
+    return -logps[:, 0].sum() / tokens
+
+
+def rewards(policy, reference, beta):
+    """DPO's implicit rewards, r_i = beta (log π(y_i|x) - log π_ref(y_i|x)) -> (N, 1+k); arXiv 2305.18290, eq. 5."""
+    return beta * (policy - reference)
+
+
+def dmpo_loss(policy, reference, beta):
+    """-log σ(r_0 - mean(r_1 .. r_k)), averaged over the batch; arXiv 2405.16127. With k = 1 it is DPO."""
+    r = rewards(policy, reference, beta)
+    return -F.logsigmoid(r[:, 0] - r[:, 1:].mean(-1)).mean()
+
+
+def sdpo_loss(policy, reference, beta):
+    """-log σ(r_0 - log Σ_i exp(r_i)), averaged over the batch; arXiv 2406.09215. With k = 1 it is DPO."""
+    r = rewards(policy, reference, beta)
+    return -F.logsigmoid(r[:, 0] - r[:, 1:].logsumexp(-1)).mean()
+
+
+LOSSES = {"dmpo": dmpo_loss, "dpo": dmpo_loss, "sdpo": sdpo_loss}  # DPO is DMPO with one negative
+
+
+# A whole catalogue after one prompt (for eval.py alone)
+
+
+def pack_catalogue(responses, tree_nodes=256, batch_nodes=4096):
     """Pack, once, responses that will be scored after many prompts in turn -> [(Batch, [a tree's indices, ..]), ..].
 
-    Sorted, responses that begin alike are neighbours; they are cut into trees of about `nodes` nodes each, whose root
-    stands for the prompt's last token, which `catalogue_logps` fills in. A batch holds about `tokens` nodes.
+    Sorted, responses that begin alike are neighbours; they are cut into trees of about `tree_nodes` nodes each, whose
+    root stands for the prompt's last token, which `catalogue_logps` fills in. A batch holds about `batch_nodes`.
     """
     parts, before = [], []
-    size = nodes  # as if a part were full: the first response opens one
+    size = tree_nodes  # as if a part were full: the first response opens one
     for i in sorted(range(len(responses)), key=responses.__getitem__):
         shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
-        if size + len(responses[i]) - shared > nodes:
+        if size + len(responses[i]) - shared > tree_nodes:
             parts.append([])
             size, shared = 1, 0
         parts[-1].append(i)
         size, before = size + len(responses[i]) - shared, responses[i]
-    several = max(1, tokens // nodes)
+    several = max(1, batch_nodes // tree_nodes)
     batches = [parts[at:at + several] for at in range(0, len(parts), several)]
     return [(pack([[([0], [responses[i] for i in part])] for part in batch]), batch) for batch in batches]
 
@@ -202,32 +234,3 @@ def catalogue_logps(model, prompt, catalogue):
     if not logps.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite: the weights are broken")
     return logps.double().cpu().numpy()
-
-
-# The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's
-
-
-def sft_loss(logps, tokens):
-    """-Σ log π(positive) / tokens, for logps (N, R), of which only column 0, the positives', counts. `tokens`: those of
-    all positives of the step, so that the losses of its groups (see train.backward) add up to the mean over tokens."""
-    return -logps[:, 0].sum() / tokens
-
-
-def rewards(policy, reference, beta):
-    """DPO's implicit rewards, r_i = beta (log π(y_i|x) - log π_ref(y_i|x)) -> (N, 1+k); arXiv 2305.18290, eq. 5."""
-    return beta * (policy - reference)
-
-
-def dmpo_loss(policy, reference, beta):
-    """-log σ(r_0 - mean(r_1 .. r_k)), averaged over the batch; arXiv 2405.16127. With k = 1 it is DPO."""
-    r = rewards(policy, reference, beta)
-    return -F.logsigmoid(r[:, 0] - r[:, 1:].mean(-1)).mean()
-
-
-def sdpo_loss(policy, reference, beta):
-    """-log σ(-log Σ_i exp(r_i - r_0)), averaged over the batch; arXiv 2406.09215. With k = 1 it is DPO."""
-    r = rewards(policy, reference, beta)
-    return -F.logsigmoid(-torch.logsumexp(r[:, 1:] - r[:, :1], -1)).mean()
-
-
-LOSSES = {"dmpo": dmpo_loss, "dpo": dmpo_loss, "sdpo": sdpo_loss}  # DPO is DMPO with one negative

@@ -84,8 +84,8 @@ def score(model, examples, desc=""):
 def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     """Rank of each example's positive among all items that its user has not touched -> (users,), ties against it.
 
-    No title is likelier than its own beginning, so only titles whose first BEGINNING tokens are at least as likely as
-    the whole positive are scored in full (less 0.5: in bfloat16 a score moves by some tenths with its batch).
+    No title is likelier than its own beginning, so only those are scored in full whose first BEGINNING tokens are at
+    least as likely as the whole positive, with 0.5 to spare: in bfloat16 a score moves by some tenths with its batch.
     """
     whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
     beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
@@ -163,56 +163,57 @@ def print_table(report):
             print(line(f"  - {row['difference']['to']}", row["difference"], "+"))
 
 
-# Traditional recommenders, under the same protocol: fit(sequences of item numbers, items) -> score(history) -> (items,)
+# Traditional recommenders, under the same protocol: fit(sequences, n_items) -> score(history) -> (n_items,). Here a
+# sequence and a history hold numbers of items instead of titles.
 
 
-def fit_popularity(sequences, items):
+def fit_popularity(sequences, n_items):
     """How often each item was chosen."""
-    counts = np.bincount(np.concatenate(sequences), minlength=items).astype(float)
+    counts = np.bincount(np.concatenate(sequences), minlength=n_items).astype(float)
     return lambda history: counts
 
 
-def fit_item_knn(sequences, items):
+def fit_item_knn(sequences, n_items):
     """Items chosen by the same users: cosine similarities summed over the history (Deshpande and Karypis, 2004)."""
-    chosen = np.zeros((len(sequences), items), np.float32)
+    chosen = np.zeros((len(sequences), n_items), np.float32)
     for row, sequence in zip(chosen, sequences):
         row[sequence] = 1
     norms = np.sqrt(np.maximum(chosen.sum(0), 1))
-    similar = (chosen.T @ chosen) / norms / norms[:, None]  # (items, items)
+    similar = (chosen.T @ chosen) / norms / norms[:, None]  # (n_items, n_items)
     np.fill_diagonal(similar, 0)
     return lambda history: similar[history].sum(0)
 
 
-def fit_markov(sequences, items):
+def fit_markov(sequences, n_items):
     """What came right after the last item of the history how often; what never did is ranked by popularity."""
-    follows, counts = {}, fit_popularity(sequences, items)(None)
+    follows, counts = {}, fit_popularity(sequences, n_items)(None)
     for sequence in sequences:
         for before, after in zip(sequence, sequence[1:]):
-            follows.setdefault(before, np.zeros(items))[after] += 1
+            follows.setdefault(before, np.zeros(n_items))[after] += 1
     return lambda history: follows.get(history[-1], 0) + counts / (1 + counts.sum())
 
 
 class SASRec(nn.Module):
     """Self-attention over the latest item numbers (arXiv 1808.09781), trained with the whole softmax."""
 
-    def __init__(self, items, length, width=64, layers=2, heads=2, dropout=0.3):
+    def __init__(self, n_items, length, width=64, layers=2, heads=2, dropout=0.3):
         super().__init__()
-        self.length, self.items = length, nn.Embedding(items + 1, width, padding_idx=items)
+        self.length, self.embed = length, nn.Embedding(n_items + 1, width, padding_idx=n_items)
         self.places = nn.Embedding(length, width)
         block = nn.TransformerEncoderLayer(width, heads, width * 4, dropout, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.items.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.02)
 
     def forward(self, ids):
-        """ids (B, T), padded on the right, T <= length -> logits (B, T, items) of what comes next."""
-        x = self.dropout(self.items(ids) + self.places.weight[:ids.shape[1]])  # (B, T, width)
+        """ids (B, T), padded on the right, T <= length -> logits (B, T, n_items) of what comes next."""
+        x = self.dropout(self.embed(ids) + self.places.weight[:ids.shape[1]])  # (B, T, width)
         causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        return self.blocks(x, mask=causal, is_causal=True) @ self.items.weight[:-1].T
+        return self.blocks(x, mask=causal, is_causal=True) @ self.embed.weight[:-1].T
 
 
-def fit_sasrec(sequences, items, epochs=120):
+def fit_sasrec(sequences, n_items, epochs=120):
     """SASRec trained for `epochs` passes: a step draws up to 128 sequences anew, and of each a random window of up
     to 51 items.
 
@@ -221,18 +222,18 @@ def fit_sasrec(sequences, items, epochs=120):
     torch.manual_seed(0)
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     longest = max(map(len, sequences), default=2)
-    rng, model = random.Random(0), SASRec(items, min(50, longest - 1))
+    rng, model = random.Random(0), SASRec(n_items, min(50, longest - 1))
     steps = epochs * -(-len(sequences) // 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
     for step in tqdm(range(steps), desc="sasrec", disable=None, leave=False):
-        ids = torch.full((min(128, len(sequences)), model.length + 1), items)
+        ids = torch.full((min(128, len(sequences)), model.length + 1), n_items)
         for row, sequence in zip(ids, rng.sample(sequences, len(ids))):
             start = rng.randint(0, max(0, len(sequence) - len(row)))
             window = sequence[start:start + len(row)]
             row[:len(window)] = torch.tensor(window)
         logits = model(ids[:, :-1]).flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=items)  # which is padding
+        loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=n_items)  # which is padding
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -313,7 +314,7 @@ def find_adapters(paths):
 
     def full(name, folder, saved):
         others = [other for other_name, place, other in found if other_name == name and place != folder]
-        unlike = [key for key in saved if key not in ("seed", "reference", "data", "data_sha256", "heading", "dtype")
+        unlike = [key for key in saved if key not in ("seed", "init_sha256", "data", "data_sha256", "heading", "dtype")
                   and any(other.get(key) != saved[key] for other in others)]
         twin = any(all(other.get(key) == saved.get(key) for key in [*unlike, "seed", "data"]) for other in others)
         return ", ".join([name, *(f"{key} {saved[key]}" for key in unlike), *[str(folder)] * twin])
@@ -346,7 +347,7 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1), saved.get("latest", data.HISTORY)))
-        compared.setdefault(name, "base" if saved.get("stage") == "sft" or "reference" not in saved else sft)
+        compared.setdefault(name, "base" if saved.get("stage") == "sft" or "init_sha256" not in saved else sft)
         sft = name if saved.get("stage") == "sft" else sft
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, encoded, desc=name)))

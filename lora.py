@@ -27,7 +27,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Module):
-    """An nn.Linear without bias, frozen, and its adapter in float32."""
+    """An nn.Linear without bias, frozen, and its adapter, in float32: bfloat16 would swallow small updates."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -62,7 +62,8 @@ def attach(model, rank=8, alpha=16, targets=TARGETS):
 
 
 def state(model):
-    """The adapters' tensors under PEFT's names, A (r, in) and B (out, r) float32."""
+    """The adapters' tensors under PEFT's names, A (r, in) and B (out, r) float32: not copies, so that writing into them
+    sets the adapters."""
     return {f"base_model.model.{name}.{key}.weight": getattr(module, key).detach()
             for name, module in adapters(model).items() for key in ("lora_A", "lora_B")}
 
@@ -101,7 +102,7 @@ def load(model, folder):
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     config, saved = llama.read_json(path), llama.read_tensors(weights)
     refuse_unsupported(path, config)
-    if not saved or any(config["r"] not in value.shape for value in saved.values()):  # it may ask for terabytes
+    if not saved or any(config["r"] not in value.shape for value in saved.values()):  # r could ask for terabytes
         raise ValueError(f"{weights}: its tensors do not fit r {config['r']} in {path.name}")
     attach(model, config["r"], config["lora_alpha"], config["target_modules"])
     own = state(model)

@@ -23,13 +23,13 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     """The sizes of a LLaMA, under the names of Hugging Face's config.json."""
-    vocab_size: int
-    hidden_size: int
+    vocab_size: int  # V
+    hidden_size: int  # D
     intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G
+    head_dim: int  # d
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict | None  # Llama 3.1's four numbers, or None
@@ -79,7 +79,7 @@ def attend(q, k, v, bias):
     For training on a CPU it is written out: the fused kernel's backward is several times slower there.
     """
     (B, H, T, d), G = q.shape, k.shape[1]
-    if q.is_cuda:  # whose fused kernel takes a mask only with as many key heads as query heads
+    if q.is_cuda:  # CUDA's fused kernel takes a mask only with as many key heads as query heads
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=not q.is_cuda)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, d)
         if past is not None:
-            if len(past) == layer:  # an empty list is filled, layer by layer
+            if len(past) == layer:  # nothing of this layer yet: the list is being filled (see Llama.forward)
                 past.append((k, v))
             else:
                 k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)  # (B, G, S, d)

@@ -652,7 +652,7 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     assert set(drawn) <= {"X", "Y", "D", "W", "Z"} and len(drawn) == 3
     refused(lambda: data.heldout(dataset, "validation", "given"), "brings no candidates")
     some = replace(dataset, given=dataset.given | {"test": dataset.given["test"] + dataset.given["validation"]})
-    assert [len(e.negatives) for e in data.heldout(some, "test", None)] == [2, 5]  # drawn only where none are given
+    assert [len(e.negatives) for e in data.heldout(some, "test")] == [2, 5]  # drawn only where none are given
     shot = next(shot for (shot,) in data.shots(dataset, 2, 3, seed=0) if shot.user == "v")
     assert shot.negatives == ["X", "Y", "W"]  # filled up by drawing from the training titles that v has not touched
     shot = next(shot for shot in data.shots(dataset, 2, 2, seed=0, moments=10) if shot[0].user == "v")
@@ -1221,7 +1221,7 @@ def test_adapters_of_one_name_are_told_apart_by_what_differs():
         assert names(a / "dmpo", other_seed) == ["dmpo", "dmpo"]  # to be averaged
         fewer = saved("c", dmpo=dmpo_settings | {"negatives": 2})
         assert names(a / "dmpo", fewer) == ["dmpo, negatives 4", "dmpo, negatives 2"]
-        again = saved("d", dmpo=dmpo_settings | {"reference": "of another SFT"})
+        again = saved("d", dmpo=dmpo_settings | {"init_sha256": "of another SFT"})
         assert names(a / "dmpo", again) == [f"dmpo, {a}/dmpo", f"dmpo, {again}/dmpo"]
         assert names(a / "dmpo", a) == ["dmpo", "sft", "dpo", "sdpo"]  # each once
         refused(lambda: evaluation.inherit(evaluation.find_adapters([a / "dmpo", other_seed]), "data", ""), "--data")
@@ -1475,7 +1475,7 @@ def test_dmpo_starts_where_sft_ended():
         shutil.rmtree("runs/toy/sft")  # another SFT in its place is another reference
         assert command(train.main, *TOY, "--stage", "sft", "--lr", 0.01, "--epochs", 1)[0] == 0
         status, _, err = command(train.main, *TOY, "--lr", 1e-9, "--epochs", 1)
-        assert status == 1 and "reference" in err, err
+        assert status == 1 and "init_sha256" in err, err
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another():
@@ -1689,7 +1689,7 @@ def test_hard_negatives_are_those_that_the_reference_scores_highest():
     settings = {"stage": "dmpo", "seed": 1, "shots": 6, "negatives": 2, "prompt": "history", "sample": "hard",
                 "moments": 2}
     hard, validation = train.prepare(model, tokenizer, dataset, settings)
-    assert validation == evaluation.encode(model, tokenizer, dataset, data.heldout(dataset, "validation", None))
+    assert validation == evaluation.encode(model, tokenizer, dataset, data.heldout(dataset, "validation"))
     drawn = [data.tokenize(tokenizer, e, dataset.heading) for e in sum(data.shots(dataset, 6, 10, 1, moments=2), [])]
     assert [len(shot) for shot in hard] == [2] * 6
     for (_, chosen), (_, responses), scores in zip(sum(hard, []), drawn, evaluation.score(model, drawn)):

@@ -35,175 +35,6 @@ VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --sp
 CHECKPOINT_SECONDS = 60
 
 
-def parse():
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
-    add, positive, above_zero = parser.add_argument, evaluation.bounded(int, 1), evaluation.bounded(float, 1e-12)
-    add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
-    evaluation.add_shared_options(parser, "ml-100k")
-    add("--model", default="smollm2-135m", type=os.path.normpath,
-        help="Hugging Face folder, hub id, or the default, %(default)s")
-    add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
-    add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
-    add("--moments", type=positive, help="learn this many of a shot's last items, each after those before it; 1: the "
-        "last alone, as in the paper (default: as many as --latest, which is all)")
-    add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
-    add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
-        % LEARNING_RATES)
-    add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
-    add("--rank", type=evaluation.bounded(int, 1, 65536), default=8, help="of fresh adapters; alpha is twice that "
-        "(default: %(default)s)")
-    add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
-    add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
-        "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
-    add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
-    add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
-    add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives. given: the "
-        "data's own if any, then uniform ones (default); uniform: all titles alike; popular: as often as they occur; "
-        "hard: of a larger draw those that the reference scores highest")
-    add("--prompt", choices=("history", "candidates"), default="history",
-        help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
-    add("--seed", type=evaluation.bounded(int, 0, 2 ** 63), default=0,
-        help="draws shots, negatives, adapters, order (default: 0)")
-    add("--users", type=positive, default=200, help="at the end, rank for a random sample of this many users (default: "
-        "%(default)s; eval.py takes all)")
-    add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
-    args = parser.parse_args()
-    args.out = args.out or f"runs/{Path(args.data).stem}"
-    args.init = args.init or ("base" if args.stage == "sft" else "sft")
-    args.moments = args.moments or args.latest
-    args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
-    if args.stage == args.init == "sft":
-        parser.error("--init sft is for --stage dmpo")
-    if args.prompt == "candidates" and args.sample == "hard":
-        parser.error("--sample hard needs --prompt history: it chooses among more negatives than a prompt lists")
-    if args.loss == "dpo" and args.negatives != 1:
-        parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
-    return args
-
-
-# What both stages have in common
-SHARED = ("data", "data_sha256", "model", "heading", "latest", "prompt", "shots", "moments", "seed", "rank")
-
-
-def stage_settings(args, stage):
-    """A stage's settings as args.json keeps them; `main` adds its start (init, rank, reference) and dtype."""
-    own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
-    settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
-    settings["epochs"] = args.epochs if own else 1
-    settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
-    if stage == "dmpo":
-        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")}
-    if stage == "dmpo" or args.prompt == "candidates":
-        settings["negatives"] = args.negatives
-    return {"stage": stage, **settings}
-
-
-def require_same(folder, saved, settings, keys):
-    """ValueError, naming the setting, unless what is in `folder` was trained with the same ones."""
-    for key in keys:
-        if saved.get(key) != settings[key]:
-            raise ValueError(f"{folder} was trained with {key} {saved.get(key)!r}, not {settings[key]!r}: "
-                             "choose another folder with --out, or delete it")
-
-
-# A run that was cut off goes on from its checkpoint: adapters, the optimiser's state, the number of steps done. No
-# random state is needed, since every draw is seeded by what it is for.
-
-
-def save_checkpoint(path, model, optimizer, settings, steps):
-    """Write everything that the rest of a stage depends on, behind its sha256; the file appears whole or not at all."""
-    tensors = lora.state(model)
-    for i, averages in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
-    tensors = {key: value.cpu() for key, value in tensors.items()}
-    about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size}
-    content = json.dumps(about).encode() + b"\n" + save_tensors(tensors)
-    lora.write_file(path, hashlib.sha256(content).digest() + content)
-
-
-def load_checkpoint(path, model, optimizer, settings):
-    """Set adapters, optimiser and log as they were -> steps done, 0 without a file; ValueError if it does not fit."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise ValueError(f"{path}: a damaged checkpoint; delete it to start anew")
-    about, _, tensors = content[32:].partition(b"\n")
-    about, tensors = json.loads(about), parse_tensors(tensors)
-    require_same(path.parent, about["settings"], settings, settings)  # so that the tensors fit, too
-    for key, value in lora.state(model).items():
-        value.copy_(tensors.pop(key))
-    state = optimizer.state_dict()
-    for key, value in tensors.items():
-        _, i, name = key.split(".")
-        state["state"].setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict(state)
-    with open(path.parent / "log.jsonl", "ab") as log:
-        log.truncate(min(about["logged"], log.tell()))  # the steps after the checkpoint are taken once more
-    print(f"going on after step {about['steps']}, from {path}")
-    return about["steps"]
-
-
-def lock(folder):
-    """Refuse a second run in the same folder for as long as the returned file is open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another run is at work here: wait for it, or choose another --out") from None
-    return file
-
-
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first tenth of the steps, then half a cosine down to zero."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def backward(model, shots, reference, settings):
-    """Gradients of one step's loss, in groups of bounded size -> what the log tells of the step.
-
-    shots: lists of examples (prompt ids, [response ids, ..]); reference: a tensor (examples, 1+k) for each, or None for
-    SFT. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
-    examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
-    """
-    me, processes = evaluation.world()
-    names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
-    stats = dict.fromkeys(names, 0.0)
-    examples = sum(map(len, shots))
-    predicted = sum(len(responses[0]) for shot in shots for _, responses in shot)  # tokens that SFT learns
-    shots = shots[me::processes]  # this process's part
-    reference = reference and reference[me::processes]
-    for group in dmpo.group(shots, evaluation.NODES):
-        batch = dmpo.pack([shots[i] for i in group])
-        stats["tokens"] += batch.nodes
-        stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
-        batch = batch.to(model.head.device)
-        policy = dmpo.response_logps(model, batch)  # (N, 1+k)
-        if settings["stage"] == "sft":
-            loss = dmpo.sft_loss(policy, predicted)
-        else:
-            ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
-            loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
-            r = dmpo.rewards(policy.detach(), ref, settings["beta"])
-            margin = r[:, 0] - r[:, 1:].mean(-1)
-            stats["margin"] += margin.mean() * share
-            stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share
-        loss.backward()
-        stats["loss"] += loss.detach()
-    if processes > 1:  # all gradients in one message; there is none where this process had no shot
-        trained = [p for p in model.parameters() if p.requires_grad]
-        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-        for p, grad in zip(trained, evaluation.all_reduce(whole).split([p.numel() for p in trained])):
-            p.grad = grad.view_as(p)
-    values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
-    return dict(zip(names, evaluation.all_reduce(values)))
-
-
 def prepare(model, tokenizer, dataset, settings):
     """The stage's shots, each a list of examples, and the validation examples, as token ids."""
     seed, k, sample = settings["seed"], settings.get("negatives", 0), settings.get("sample", "given")
@@ -216,7 +47,7 @@ def prepare(model, tokenizer, dataset, settings):
         shots = [[(prompt, [responses[0], *(responses[1 + i] for i in next(hardest))]) for prompt, responses in shot]
                  for shot in shots]
     none = dataset.given and not dataset.given["validation"]
-    validation = [] if none else data.heldout(dataset, "validation", None, users=VALIDATION_USERS)
+    validation = [] if none else data.heldout(dataset, "validation", users=VALIDATION_USERS)
     validation = evaluation.encode(model, tokenizer, dataset, validation, shuffle_seed)
     if settings["stage"] == "sft":  # which learns from the positive alone
         shots = [[(prompt, responses[:1]) for prompt, responses in shot] for shot in shots]
@@ -235,7 +66,10 @@ def sizes(shot):
 
 
 def train(model, tokenizer, dataset, settings, folder):
-    """One stage: train the model's adapters on its examples, log every step, save them to `folder`."""
+    """One stage: train the model's adapters on its examples, log every step, save them to `folder`.
+
+    settings: what args.json keeps (see `stage_settings` and `main`).
+    """
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # never read: closed, it would free the lock
     evaluation.barrier(model.head.device)  # until the folder is ours the other processes leave it alone
@@ -302,6 +136,54 @@ def update(model, optimizer, lr, shots, reference, picked, settings):
     return {**stats, "lr": lr, "seconds": seconds, **{f"{key}_per_s": value / seconds for key, value in done.items()}}
 
 
+def backward(model, shots, reference, settings):
+    """Gradients of one step's loss, in groups of bounded size -> what the log tells of the step.
+
+    shots: lists of examples (prompt ids, [response ids, ..]); reference: a tensor (examples, 1+k) for each, or None for
+    SFT. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
+    examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
+    """
+    me, processes = evaluation.world()
+    names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
+    stats = dict.fromkeys(names, 0.0)
+    examples = sum(map(len, shots))
+    predicted = sum(len(responses[0]) for shot in shots for _, responses in shot)  # tokens that SFT learns
+    shots = shots[me::processes]  # this process's part
+    reference = reference and reference[me::processes]
+    for group in dmpo.group(shots, evaluation.NODES):
+        batch = dmpo.pack([shots[i] for i in group])
+        stats["tokens"] += batch.nodes
+        stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
+        batch = batch.to(model.head.device)
+        policy = dmpo.response_logps(model, batch)  # (N, 1+k)
+        if settings["stage"] == "sft":
+            loss = dmpo.sft_loss(policy, predicted)
+        else:
+            ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
+            loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
+            r = dmpo.rewards(policy.detach(), ref, settings["beta"])
+            margin = r[:, 0] - r[:, 1:].mean(-1)
+            stats["margin"] += margin.mean() * share
+            stats["reward_accuracy"] += (r[:, :1] > r[:, 1:]).float().mean() * share  # negatives below their positive
+        loss.backward()
+        stats["loss"] += loss.detach()
+    if processes > 1:  # all gradients in one message; there is none where this process had no shot
+        trained = [p for p in model.parameters() if p.requires_grad]
+        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        for p, grad in zip(trained, evaluation.all_reduce(whole).split([p.numel() for p in trained])):
+            p.grad = grad.view_as(p)
+    values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
+    return dict(zip(names, evaluation.all_reduce(values)))
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first tenth of the steps, then half a cosine down to zero."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
 def report_speed(model, lines):
     """Print these steps' speed, beside that of plain matrix products, measured now, and the memory."""
     seconds = sum(line["seconds"] for line in lines)
@@ -312,6 +194,130 @@ def report_speed(model, lines):
     print(f"{examples:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
           f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
+
+
+# A run that was cut off goes on from its checkpoint: adapters, the optimiser's state, the number of steps done. No
+# random state is needed, since every draw is seeded by what it is for.
+
+
+def save_checkpoint(path, model, optimizer, settings, steps):
+    """Write everything that the rest of a stage depends on, behind its sha256; the file appears whole or not at all."""
+    tensors = lora.state(model)
+    for i, averages in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in averages.items()}
+    tensors = {key: value.cpu() for key, value in tensors.items()}
+    about = {"settings": settings, "steps": steps, "logged": (path.parent / "log.jsonl").stat().st_size}
+    content = json.dumps(about).encode() + b"\n" + save_tensors(tensors)
+    lora.write_file(path, hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(path, model, optimizer, settings):
+    """Set adapters, optimiser and log as they were -> steps done, 0 without a file; ValueError if it does not fit."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ValueError(f"{path}: a damaged checkpoint; delete it to start anew")
+    about, _, tensors = content[32:].partition(b"\n")
+    about, tensors = json.loads(about), parse_tensors(tensors)
+    require_same(path.parent, about["settings"], settings, settings)  # so that the tensors fit, too
+    for key, value in lora.state(model).items():
+        value.copy_(tensors.pop(key))
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        _, i, name = key.split(".")
+        state["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(state)
+    with open(path.parent / "log.jsonl", "ab") as log:
+        log.truncate(min(about["logged"], log.tell()))  # the steps after the checkpoint are taken once more
+    print(f"going on after step {about['steps']}, from {path}")
+    return about["steps"]
+
+
+def require_same(folder, saved, settings, keys):
+    """ValueError, naming the setting, unless what is in `folder` was trained with the same ones."""
+    for key in keys:
+        if saved.get(key) != settings[key]:
+            raise ValueError(f"{folder} was trained with {key} {saved.get(key)!r}, not {settings[key]!r}: "
+                             "choose another folder with --out, or delete it")
+
+
+def lock(folder):
+    """Refuse a second run in the same folder for as long as the returned file is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is at work here: wait for it, or choose another --out") from None
+    return file
+
+
+# The command line
+
+
+def parse():
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
+    add, positive, above_zero = parser.add_argument, evaluation.bounded(int, 1), evaluation.bounded(float, 1e-12)
+    add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
+    evaluation.add_shared_options(parser, "ml-100k")
+    add("--model", default="smollm2-135m", type=os.path.normpath,
+        help="Hugging Face folder, hub id, or the default, %(default)s")
+    add("--out", help="folder for sft/ and dmpo/ (default: runs/<data>)")
+    add("--shots", type=positive, default=100, help="stretches of histories to learn from (default: %(default)s)")
+    add("--moments", type=positive, help="learn this many of a shot's last items, each after those before it; 1: the "
+        "last alone, as in the paper (default: as many as --latest, which is all)")
+    add("--epochs", type=positive, default=1, help="passes over them in this stage (default: %(default)s)")
+    add("--lr", type=above_zero, help="peak learning rate of this stage (default: sft %(sft)g, dmpo %(dmpo)g)"
+        % LEARNING_RATES)
+    add("--batch-size", type=positive, default=2, help="shots a step (default: %(default)s)")
+    add("--rank", type=evaluation.bounded(int, 1, 65536), default=8, help="of fresh adapters; alpha is twice that "
+        "(default: %(default)s)")
+    add("--loss", choices=tuple(dmpo.LOSSES), default="dmpo", help="preference loss (default: %(default)s)")
+    add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
+        "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
+    add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
+    add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
+    add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives. given: the "
+        "data's own if any, then uniform ones (default); uniform: all titles alike; popular: as often as they occur; "
+        "hard: of a larger draw those that the reference scores highest")
+    add("--prompt", choices=("history", "candidates"), default="history",
+        help="candidates: the prompt lists the positive and the negatives, shuffled (default: %(default)s)")
+    add("--seed", type=evaluation.bounded(int, 0, 2 ** 63), default=0,
+        help="draws shots, negatives, adapters, order (default: 0)")
+    add("--users", type=positive, default=200, help="at the end, rank for a random sample of this many users (default: "
+        "%(default)s; eval.py takes all)")
+    add("--checkpoint-activations", action="store_true", help="less memory, half as much time again")
+    args = parser.parse_args()
+    args.out = args.out or f"runs/{Path(args.data).stem}"
+    args.init = args.init or ("base" if args.stage == "sft" else "sft")
+    args.moments = args.moments or args.latest
+    args.negatives = args.negatives or (1 if args.loss == "dpo" else 4)
+    if args.stage == args.init == "sft":
+        parser.error("--init sft is for --stage dmpo")
+    if args.prompt == "candidates" and args.sample == "hard":
+        parser.error("--sample hard needs --prompt history: it chooses among more negatives than a prompt lists")
+    if args.loss == "dpo" and args.negatives != 1:
+        parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
+    return args
+
+
+# What both stages have in common
+SHARED = ("data", "data_sha256", "model", "heading", "latest", "prompt", "shots", "moments", "seed", "rank")
+
+
+def stage_settings(args, stage):
+    """A stage's settings as args.json keeps them; `main` adds its start (init, init_sha256, rank) and dtype."""
+    own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
+    settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
+    settings["epochs"] = args.epochs if own else 1
+    settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
+    if stage == "dmpo":
+        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")}
+    if stage == "dmpo" or args.prompt == "candidates":
+        settings["negatives"] = args.negatives
+    return {"stage": stage, **settings}
 
 
 def main():
@@ -326,7 +332,7 @@ def main():
           f"{len(dataset.items)} items")
     if args.stage == "dmpo":
         data.shots(dataset, args.shots, args.negatives, args.seed, args.sample, args.moments)  # fails now, if it must
-    examples = data.heldout(dataset, "test", None, users=args.users)  # as eval.py's, whatever this run's seed
+    examples = data.heldout(dataset, "test", users=args.users)  # as eval.py's, whatever this run's seed
     adapters = []
     for stage in ["sft", "dmpo"] if args.init == "sft" else [args.stage]:
         init = args.init if stage == args.stage else "base"
@@ -340,7 +346,7 @@ def main():
         else:
             start = Path(args.out) / "sft" if init == "sft" else Path(init)
             settings["rank"] = lora.load(model, start).lora_config["r"]
-            settings["reference"] = data.file_sha256(start / "adapter_model.safetensors")  # of SFT, too: where it began
+            settings["init_sha256"] = data.file_sha256(start / "adapter_model.safetensors")
         if (folder / "adapter_model.safetensors").exists():
             keys = settings if stage == args.stage else SHARED  # --lr and the like are for the stage asked for
             require_same(folder, llama.read_json(folder / "args.json"), settings, keys)
