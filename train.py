@@ -66,10 +66,7 @@ def sizes(shot):
 
 
 def train(model, tokenizer, dataset, settings, folder):
-    """One stage: train the model's adapters on its examples, log every step, save them to `folder`.
-
-    settings: what args.json keeps (see `stage_settings` and `main`).
-    """
+    """One stage with the settings that args.json keeps: train the adapters, log every step, save them to `folder`."""
     main_process = evaluation.world()[0] == 0
     held = lock(folder) if main_process else None  # never read: closed, it would free the lock
     evaluation.barrier(model.head.device)  # until the folder is ours the other processes leave it alone
