@@ -7,6 +7,7 @@ Notable:
 """
 
 import csv
+import functools
 import hashlib
 import html
 import itertools
@@ -92,6 +93,7 @@ def tokenize(tokenizer, example, heading, shuffle_seed=None):
     return tokenizer.encode(text).ids, responses
 
 
+@functools.cache  # a title stands in many examples
 def tokenize_response(tokenizer, item):
     """Token ids of a response as it reads after a prompt; ValueError if the tokenizer merges the two.
 

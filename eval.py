@@ -34,7 +34,7 @@ import dmpo
 import lora
 import model as llama
 
-NODES = 2048  # nodes in one pass: large matrix products, yet activations that fit memory
+NODES = {"cpu": 2048, "cuda": 16384}  # nodes in one pass: large matrix products, yet activations that fit memory
 BEGINNING = 7  # a whole catalogue is first scored by this many tokens of each title
 
 
@@ -62,7 +62,7 @@ def log_probabilities(model, shots, desc=""):
     starts = np.cumsum([0, *map(len, shots)])
     width = max(len(responses) for shot in shots for _, responses in shot)
     logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
-    groups = dmpo.group(shots, NODES)[me::processes]  # this process's part
+    groups = dmpo.group(shots, NODES[device.type])[me::processes]  # this process's part
     for group in tqdm(groups, desc, leave=False, disable=me > 0 or None):
         found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])

@@ -884,8 +884,25 @@ def test_moments_that_share_a_tree_equal_scoring_every_response_alone():
         rows.append(row)
     with torch.no_grad():
         close(dmpo.response_logps(model, dmpo.pack(rows)), one_by_one(model, sum(rows, [])), 1e-4)
-        with mock.patch.object(evaluation, "NODES", 60):
+        with mock.patch.dict(evaluation.NODES, cpu=60):
             close(evaluation.log_probabilities(model, rows), one_by_one(model, sum(rows, [])), 1e-4)
+
+
+def test_a_gpu_computes_what_the_cpu_does():
+    if not torch.cuda.is_available():
+        raise unittest.SkipTest("there is no GPU")
+    shots, found = [random_examples(random.Random(i), 3, shared=True) for i in range(5)], []
+    settings = {"stage": "dmpo", "loss": "dmpo", "beta": 0.5}
+    for device in "cpu", "cuda":
+        torch.manual_seed(0)
+        model = nonzero(lora.attach(tiny(), 4, 8)).to(device)
+        logps = evaluation.log_probabilities(model, shots)
+        train.backward(model, shots, torch.zeros_like(logps).float().split([3] * 5), settings)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        catalogue = dmpo.catalogue_logps(model, shots[0][0][0], dmpo.pack_catalogue(shots[0][0][1]))
+        found.append([logps.cpu(), gradient.cpu() / gradient.abs().max().cpu(), torch.from_numpy(catalogue)])
+    for cpu, gpu in zip(*found):
+        close(gpu, cpu, 1e-4)
 
 
 def test_tree_gradients_equal_scoring_every_response_alone():
@@ -1368,7 +1385,8 @@ def test_a_steps_gradient_is_that_of_one_batch_however_many_groups_and_processes
             told, found = Counter(), 0
             for me in range(processes):
                 part = fresh()
-                with mock.patch.multiple(evaluation, NODES=budget, world=lambda: (me, processes)):
+                with (mock.patch.dict(evaluation.NODES, cpu=budget),
+                      mock.patch.object(evaluation, "world", lambda: (me, processes))):
                     stats = train.backward(part, shots, reference.split([2, 1, 1, 1, 1]), settings)
                 told.update({key: float(value) for key, value in stats.items()})  # adds them up
                 found = found + gradient(part)
@@ -1905,41 +1923,45 @@ def benchmark_trl():
     """DMPO examples a second here, and in trl.DPOTrainer with peft, which gets the k = 4 pairs of each example.
 
     Twice in each type: with the last moment of each shot, and with ten, which share a tree here and are rows in TRL.
-    Both take the reference's log-probabilities in each step; both rates are medians of the steps after the first.
+    Both take the reference's log-probabilities in each step; both rates are medians of the steps after the first. A
+    step has two shots, or on a GPU sixteen, and as many examples in TRL.
     """
     trl, peft, transformers, datasets, folder = *map(need, ("trl", "peft", "transformers", "datasets")), need_model()
     dataset, tokenizer = data.load("ml-100k"), data.load_tokenizer(folder)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=data.load_tokenizer(folder),
                                                   pad_token="<|im_end|>", eos_token="<|im_end|>")
+    gpu = torch.cuda.is_available()
+    size = 16 if gpu else 2
     for dtype, moments in itertools.product((torch.bfloat16, torch.float32), (1, 10)):
-        shots = data.shots(dataset, 24, 4, 0, moments=moments)
+        shots = data.shots(dataset, 12 * size, 4, 0, moments=moments)
         encoded = [[data.tokenize(tokenizer, e, dataset.heading) for e in shot] for shot in shots]
-        model = lora.attach(llama.load(folder, dtype=dtype))
+        model = lora.attach(llama.load(folder, "cuda" if gpu else "cpu", dtype))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         rates = []
-        for start in (0, *range(0, 24, 2)):  # two shots a step
-            began, two = time.perf_counter(), encoded[start:start + 2]
-            reference = evaluation.log_probabilities(model, two).float().split([*map(len, two)])
-            train.backward(model, two, reference, {"stage": "dmpo", "loss": "dmpo", "beta": 0.1})
+        for start in (0, *range(0, len(shots), size)):
+            began, step = time.perf_counter(), encoded[start:start + size]
+            reference = evaluation.log_probabilities(model, step).float().split([*map(len, step)])
+            stats = train.backward(model, step, reference, {"stage": "dmpo", "loss": "dmpo", "beta": 0.1})
             optimizer.step()
             optimizer.zero_grad()
-            rates.append(2 * moments / (time.perf_counter() - began))
-        ours, some = np.median(rates[1:]), random.Random(0).sample(sum(shots, []), 8)
+            float(stats["loss"])  # a GPU is waited for
+            rates.append(size * moments / (time.perf_counter() - began))
+        ours, some = np.median(rates[1:]), random.Random(0).sample(sum(shots, []), 4 * size)
         rows = [{"prompt": data.prompt(e.history), "chosen": data.response(e.positive), "rejected": data.response(n)}
                 for e in some for n in e.negatives]
-        ends = []  # of TRL's steps, of eight pairs: two examples
+        ends = []  # of TRL's steps, of four pairs an example
         clock = type("Clock", (transformers.TrainerCallback,),
                      {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())})
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-            args = trl.DPOConfig(output_dir=work, per_device_train_batch_size=8, max_steps=4, report_to=[], beta=0.1,
-                                 bf16=dtype == torch.bfloat16, use_cpu=True, gradient_checkpointing=False,
+            args = trl.DPOConfig(output_dir=work, per_device_train_batch_size=4 * size, max_steps=4, report_to=[], beta=0.1,
+                                 bf16=dtype == torch.bfloat16, use_cpu=not gpu, gradient_checkpointing=False,
                                  save_strategy="no", disable_tqdm=True, logging_strategy="no")
             trainer = trl.DPOTrainer(
                 transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype), None, args, processing_class=theirs,
                 train_dataset=datasets.Dataset.from_list(rows), callbacks=[clock()],
                 peft_config=peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(lora.TARGETS)))
             trainer.train()
-        theirs_rate = 2 / np.median(np.diff(ends))
+        theirs_rate = size / np.median(np.diff(ends))
         print(f"{str(dtype)[6:]}, {moments} moments: {ours:.2f} examples/s; TRL {theirs_rate:.3f}; "
               f"ratio {ours / theirs_rate:.1f}", flush=True)
 

@@ -140,18 +140,18 @@ def backward(model, shots, reference, settings):
     SFT. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
     examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
     """
-    me, processes = evaluation.world()
+    device, (me, processes) = model.head.device, evaluation.world()
     names = ["loss", "tokens", "operations"] + ["margin", "reward_accuracy"] * (settings["stage"] == "dmpo")
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
     predicted = sum(len(responses[0]) for shot in shots for _, responses in shot)  # tokens that SFT learns
     shots = shots[me::processes]  # this process's part
     reference = reference and reference[me::processes]
-    for group in dmpo.group(shots, evaluation.NODES):
+    for group in dmpo.group(shots, evaluation.NODES[device.type]):
         batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += batch.nodes
         stats["operations"] += 2 * evaluation.operations(model, batch)  # W is frozen: backward costs one forward more
-        batch = batch.to(model.head.device)
+        batch = batch.to(device)
         policy = dmpo.response_logps(model, batch)  # (N, 1+k)
         if settings["stage"] == "sft":
             loss = dmpo.sft_loss(policy, predicted)
@@ -169,7 +169,7 @@ def backward(model, shots, reference, settings):
         whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         for p, grad in zip(trained, evaluation.all_reduce(whole).split([p.numel() for p in trained])):
             p.grad = grad.view_as(p)
-    values = torch.stack([torch.as_tensor(stats[name], device=model.head.device).double() for name in names])
+    values = torch.stack([torch.as_tensor(stats[name], device=device).double() for name in names])
     return dict(zip(names, evaluation.all_reduce(values)))
 
 
