@@ -592,7 +592,7 @@ def operations(model, batch):
     and its share of the values); two per weight of the vocabulary projection and predicting node.
     """
     c = model.config
-    nodes, pairs = batch.nodes, int(batch.mask.sum()) - batch.ids.numel() + batch.nodes  # padding attends to itself
+    nodes, pairs = batch.nodes, int(batch.positions.sum()) + batch.nodes  # a node attends to itself and those above
     weights = sum(p.numel() for p in model.model.layers.parameters() if not p.requires_grad)
     return (2 * nodes * weights + 4 * pairs * c.num_hidden_layers * c.num_attention_heads * c.head_dim
             + 2 * len(batch.predicting) * c.vocab_size * c.hidden_size)

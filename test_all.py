@@ -1341,10 +1341,11 @@ def test_bfloat16_is_chosen_where_it_multiplies_at_least_twice_as_fast():
 
 
 def test_operations_by_hand():
-    model, batch = lora.attach(tiny(), 4, 8), dmpo.pack([[([1, 2, 3], [[4, 5]])]])
+    model, batch = lora.attach(tiny(), 4, 8), dmpo.pack([[([1, 2, 3], [[4, 5]])], [([9], [[5, 6], [7]])]])
     weights = 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32)  # two layers: q, k, v, o, MLP, norms
-    # four nodes, of which two predict; 1 + 2 + 3 + 4 pairs attend, in two layers, over 32 numbers for score and value
-    assert evaluation.operations(model, batch) == 2 * 4 * weights + 4 * 10 * 2 * 32 + 2 * 2 * 300 * 32
+    # four nodes and two (the second tree is padded), of which two each predict; 1 + 2 + 3 + 4 and 1 + 2 pairs attend, in
+    # two layers, over 32 numbers for score and value
+    assert evaluation.operations(model, batch) == 2 * 6 * weights + 4 * 13 * 2 * 32 + 2 * 4 * 300 * 32
 
 
 # train.py
