@@ -1343,8 +1343,8 @@ def test_bfloat16_is_chosen_where_it_multiplies_at_least_twice_as_fast():
 def test_operations_by_hand():
     model, batch = lora.attach(tiny(), 4, 8), dmpo.pack([[([1, 2, 3], [[4, 5]])], [([9], [[5, 6], [7]])]])
     weights = 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32)  # two layers: q, k, v, o, MLP, norms
-    # four nodes and two (the second tree is padded), of which two each predict; 1 + 2 + 3 + 4 and 1 + 2 pairs attend, in
-    # two layers, over 32 numbers for score and value
+    # four nodes and two (the second tree is padded), of which two each predict; 1 + 2 + 3 + 4 and 1 + 2 pairs attend,
+    # in two layers, over 32 numbers for score and value
     assert evaluation.operations(model, batch) == 2 * 6 * weights + 4 * 13 * 2 * 32 + 2 * 4 * 300 * 32
 
 
@@ -1954,8 +1954,8 @@ def benchmark_trl():
         clock = type("Clock", (transformers.TrainerCallback,),
                      {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())})
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-            args = trl.DPOConfig(output_dir=work, per_device_train_batch_size=4 * size, max_steps=4, report_to=[], beta=0.1,
-                                 bf16=dtype == torch.bfloat16, use_cpu=not gpu, gradient_checkpointing=False,
+            args = trl.DPOConfig(output_dir=work, per_device_train_batch_size=4 * size, max_steps=4, report_to=[],
+                                 beta=0.1, bf16=dtype == torch.bfloat16, use_cpu=not gpu, gradient_checkpointing=False,
                                  save_strategy="no", disable_tqdm=True, logging_strategy="no")
             trainer = trl.DPOTrainer(
                 transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype), None, args, processing_class=theirs,
