@@ -133,7 +133,7 @@ def sample_negatives(pool, touched, count, seed, purpose, user):
         item = rng.choice(pool)
         if item not in touched:
             chosen[item] = None
-    raise ValueError(f"user {user} leaves too few titles untouched for {count} negatives: ask for fewer (training: "
+    raise ValueError(f"user {user!r} leaves too few titles untouched for {count} negatives: ask for fewer (training: "
                      "--negatives, tables: --candidates; eval.py --explain without a person always takes 19)")
 
 

@@ -85,7 +85,7 @@ def train(model, tokenizer, dataset, settings, folder):
     done = load_checkpoint(checkpoint, model, optimizer, settings)
     lines, saved = [], time.perf_counter()
     with open(folder / "log.jsonl" if main_process else os.devnull, "a" if done else "w") as log:
-        bar = tqdm(range(done, total), settings["stage"], total, initial=done, disable=not main_process or None)
+        bar = tqdm(range(done, total), folder.name, total, initial=done, disable=not main_process or None)
         for step in bar:
             epoch, start = step // steps + 1, step % steps * size
             order = random.Random(f"{settings['seed']} epoch {epoch}").sample(range(len(shots)), len(shots))
@@ -95,7 +95,7 @@ def train(model, tokenizer, dataset, settings, folder):
             lines.append(line)
             if (step + 1) % steps == 0:  # an epoch ends
                 loss = np.mean([one["loss"] for one in lines[-steps:]])
-                told = f"{settings['stage']} epoch {epoch}/{epochs}: loss {loss:.3f}"
+                told = f"{folder.name} epoch {epoch}/{epochs}: loss {loss:.3f}"
                 if validation:
                     rank = evaluation.ranks(evaluation.score(model, validation, desc="validation"))
                     line["validation_ndcg@10"] = evaluation.measure(rank, 20)["NDCG@10"].mean()
