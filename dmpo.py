@@ -64,7 +64,7 @@ def group(shots, budget):
     `budget` nodes together; one that is larger gets a group of its own."""
     sizes = [padded(len(tree(examples)[0])) for examples in shots]
     groups = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # so that sizes[i] is its group's largest
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):  # ascending: sizes[i] is its group's largest so far
         if not groups or (len(groups[-1]) + 1) * sizes[i] > budget:
             groups.append([])
         groups[-1].append(i)
@@ -85,7 +85,7 @@ class Batch:
 
     @property
     def nodes(self):
-        """How many of the B T places are no padding: a tree's root is at position 0, as is padding."""
+        """How many of the B T places are no padding, which has position 0, as has a tree's root, where all prompts begin."""
         return int((self.positions > 0).sum()) + len(self.ids)
 
     def to(self, device):

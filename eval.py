@@ -261,9 +261,8 @@ def rank_by(fit, dataset, examples, sequences):
     score_items = fit([[index[item] for item in sequence] for sequence in sequences], len(index))
     for example in examples:
         scores = score_items([index[item] for item in example.history])
-        others = [index[item] for item in example.negatives]
-        if not others:
-            others = np.delete(np.arange(len(index)), [index[item] for item in dataset.sequences[example.user]])
+        others = [index[item] for item in example.negatives] or np.delete(
+            np.arange(len(index)), [index[item] for item in dataset.sequences[example.user]])
         ahead = scores[others] - scores[index[example.positive]]  # > 0 better, 0 a tie
         result.append(1 + (ahead > 0).sum() + rng.integers((ahead == 0).sum() + 1))
     return np.array(result)
@@ -381,18 +380,17 @@ def find_title(dataset, title, option):
 
 def find_person(dataset, user, text):
     """(history, what came next or None) of a user of the data, or of titles typed in with ";" between them."""
+    name, positive = "--history" if text is not None else f"--user {user}", None
     if text is not None:
-        history = [find_title(dataset, title.strip(), "--history") for title in text.split(";") if title.strip()]
-        name, positive = "--history", None
+        history = [find_title(dataset, title.strip(), name) for title in text.split(";") if title.strip()]
     elif user not in dataset.sequences:
-        raise ValueError(f"--user {user}: no such user in {dataset.name} (they are called "
+        raise ValueError(f"{name}: no such user in {dataset.name} (they are called "
                          f"{', '.join(list(dataset.sequences)[:3])}, ..)")
     elif dataset.given:  # examples, in any order: the user's latest
         example = next(e for split in ("test", "validation", "train") for e in dataset.given[split] if e.user == user)
-        history, positive, name = example.history, example.positive, f"--user {user}"
+        history, positive = example.history, example.positive
     else:
         *history, positive = dataset.sequences[user]
-        name = f"--user {user}"
     if not history or len(set(history)) == len(dataset.items):
         raise ValueError(f"{name}: {'the history holds every title' if history else 'there is no history'}")
     return list(dict.fromkeys(history)), positive
@@ -564,13 +562,13 @@ def choose_device(name, dtype):
             sys.stdout = open(os.devnull, "w")
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    rates = torch.tensor([matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16)], device=device)
-    single, half = all_reduce(rates)
+    single, half = (matmul_rate(device, kind) for kind in (torch.float32, torch.bfloat16))
     return device, torch.bfloat16 if half > 2 * single else torch.float32
 
 
 def matmul_rate(device, dtype):
-    """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536), the best seen."""
+    """Floating-point operations a second of plain matrix products (1536, 576) x (576, 1536): the best seen, of all
+    processes together."""
     x, w = torch.randn(1536, 576, device=device).to(dtype), torch.randn(1536, 576, device=device).to(dtype)
     repeats = 200 if device.type == "cuda" else 5
     torch.nn.functional.linear(x, w).sum().item()  # the first product also loads the library
@@ -582,7 +580,7 @@ def matmul_rate(device, dtype):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, repeats * 2 * x.numel() * len(w) / (time.perf_counter() - start))
-    return best
+    return float(all_reduce(torch.tensor(best, device=device)))
 
 
 def operations(model, batch):

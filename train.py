@@ -76,8 +76,7 @@ def train(model, tokenizer, dataset, settings, folder):
     reference = None
     if settings["stage"] == "dmpo":  # before load_checkpoint: until then the model is its own reference
         reference = evaluation.log_probabilities(model, shots, desc="reference").float().split([*map(len, shots)])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True)
     size, epochs = settings["batch_size"], settings["epochs"]
     steps = math.ceil(len(shots) / size)  # of one epoch
     total = epochs * steps
@@ -186,8 +185,7 @@ def report_speed(model, lines):
     seconds = sum(line["seconds"] for line in lines)
     examples, tokens, rate = (sum(line[key] * line["seconds"] for line in lines) / seconds
                               for key in ("examples_per_s", "tokens_per_s", "flops_per_s"))
-    peak = torch.tensor(evaluation.matmul_rate(model.head.device, model.head.dtype), device=model.head.device)
-    peak = float(evaluation.all_reduce(peak))  # of all processes together, as is the rate
+    peak = evaluation.matmul_rate(model.head.device, model.head.dtype)
     print(f"{examples:.2f} examples/s, {tokens:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s = {rate / peak:.0%} "
           f"of plain {str(model.head.dtype)[6:]} matrix products ({peak / 1e9:.0f}); "
           f"peak memory {evaluation.peak_memory(model.head.device):.1f} GiB")
