@@ -85,7 +85,7 @@ class Batch:
 
     @property
     def nodes(self):
-        """How many of the B T places are no padding, whose position is 0, as is that of a tree's root, its only one."""
+        """How many of the B T places are no padding: position 0 is that of padding, and of one root in each tree."""
         return int((self.positions > 0).sum()) + len(self.ids)
 
     def to(self, device):
