@@ -90,7 +90,15 @@ def tokenize(tokenizer, example, heading, shuffle_seed=None):
     if shuffle_seed is not None:
         random.Random(f"{shuffle_seed} choices {example.user} {example.history}").shuffle(candidates)
     text = prompt(example.history, heading, candidates if shuffle_seed is not None else ())
-    return tokenizer.encode(text).ids, responses
+    return token_ids(tokenizer, text), responses
+
+
+def token_ids(tokenizer, text, special=True):
+    """A text as tokens, with the tokenizer's special ones or without; ValueError where it has none for a part."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the tokenizer cannot encode {text[:40]!r} ({error})") from None
 
 
 @functools.cache  # a title stands in many examples
@@ -100,7 +108,7 @@ def tokenize_response(tokenizer, item):
     Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded after "1.", as every
     prompt ends in a number and a full stop, and the tokens of "1." are then removed.
     """
-    stub, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("1.", "1." + response(item)))
+    stub, ids = (token_ids(tokenizer, text, special=False) for text in ("1.", "1." + response(item)))
     if not stub or ids[:len(stub)] != stub or len(ids) == len(stub):
         raise ValueError(f"this tokenizer drops or merges the end of the prompt before {item!r}: it cannot be used")
     return ids[len(stub):]
@@ -115,7 +123,7 @@ def load_tokenizer(folder):
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
     tokenizer.no_padding()  # some files have one or the other switched on
     tokenizer.no_truncation()
-    ends = [tokenizer.encode("1.", add_special_tokens=special).ids[-1:] for special in (True, False)]
+    ends = [token_ids(tokenizer, "1.", special)[-1:] for special in (True, False)]
     if ends[0] != ends[1]:
         raise ValueError(f"{path}: puts a token of its own behind every text, where titles should go on")
     return tokenizer
@@ -157,13 +165,12 @@ def heldout(dataset, split, negatives=None, seed=0, users=None):
     count = max(1, min(19, len(dataset.items) - most)) if negatives is None else negatives
     if users is not None and users < len(examples):
         examples = [examples[i] for i in sorted(random.Random(f"{seed} users").sample(range(len(examples)), users))]
-    if negatives == "given":
-        if not all(example.negatives for example in examples):
-            raise ValueError(f"{dataset.name}: brings no candidates of its own for every {split} example "
-                             "(--candidates N draws some)")
-        return examples
-    return [example if negatives is None and example.negatives else replace(example, negatives=sample_negatives(
-        dataset.items, set(dataset.sequences[example.user]), count, seed, split, example.user)) for example in examples]
+    if negatives == "given" and not all(example.negatives for example in examples):
+        raise ValueError(f"{dataset.name}: brings no candidates of its own for every {split} example "
+                         "(--candidates N draws some)")
+    return [example if negatives in (None, "given") and example.negatives else replace(example, negatives=
+            sample_negatives(dataset.items, set(dataset.sequences[example.user]), count, seed, split, example.user))
+            for example in examples]
 
 
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
@@ -176,20 +183,20 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
 
     Negatives are titles that the user touched neither in training nor held out. `sample` "uniform" draws them from all
     titles alike (where the data bring examples, from the training ones'), and so does "hard", HARD times as many, for
-    train.py to choose among; "popular" draws them as often as they occur; "given" takes, for the last moment, those
-    that the data bring, then uniform ones. ValueError if there are fewer shots than `count`.
+    train.py to choose among; "popular" draws them as often as they occur in `interactions`; "given" takes, for the last
+    moment, those that the data bring, then uniform ones. ValueError if there are fewer shots than `count`.
     """
     moments = min(moments, dataset.latest)  # a shot has no more, and the next one must leave none out
     negatives *= HARD if sample == "hard" else 1
+    pool = dataset.items
     if dataset.given:
-        pool = [item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]]
+        pool = sorted({item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]})
         last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
         last = random.Random(f"{seed} shots").sample(last, len(last))
     else:
-        pool = [item for items in dataset.sequences.values() for item in items[:-2]]
         last = last_moments(dataset, seed, moments)
-    if sample != "popular":
-        pool = sorted(set(pool)) if dataset.given else dataset.items
+    if sample == "popular":
+        pool = [item for items in interactions(dataset) for item in items]
     result = []
     for example, purpose in itertools.islice(last, count):
         touched = set(dataset.sequences[example.user])
@@ -221,10 +228,14 @@ def last_moments(dataset, seed, step):
 
 def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from."""
-    if dataset.given:
-        return [[*e.history, e.positive] for e in dataset.given["train"]] + [
-            e.history[:-1] for e in dataset.given["test"] if e.history[:-1]]  # load_paper's validation item is the last
-    return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
+    if not dataset.given:
+        return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
+    users = {}  # of whom the data may bring several examples
+    for example in dataset.given["train"]:
+        users.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
+    for example in dataset.given["test"]:  # without the last: load_paper asks for it in validation
+        users.setdefault(example.user, {}).update(dict.fromkeys(example.history[:-1]))
+    return [list(items) for items in users.values() if items]
 
 
 # Data sets
@@ -240,7 +251,7 @@ def load(name, noun=None, verb=None, latest=HISTORY):
     if name not in DATASETS and not own:
         raise ValueError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, *.tsv or *.jsonl")
     read, *wording = DATASETS.get(name) or (lambda: own(name), "items", "chosen")
-    heading = f"{noun or wording[0]} {verb or wording[1]}, in order:"
+    heading = one_line(f"{noun or wording[0]} {verb or wording[1]}, in order:")
     return replace(read(), name=name, heading=heading[0].upper() + heading[1:], latest=latest)
 
 
@@ -360,7 +371,7 @@ def read_example(row, line):
             isinstance(title, str) and one_line(title) for title in [positive, *history, *negatives]):
         raise ValueError('must be {"history": [..], "positive": "..", "negatives": [..]}, all titles')
     positive, *titles = map(one_line, [positive, *history, *negatives])
-    history, negatives = titles[:len(history)], titles[len(history):]
+    history, negatives = list(dict.fromkeys(titles[:len(history)])), titles[len(history):]
     if positive in history or positive in negatives or len(set(negatives)) < len(negatives):
         raise ValueError("the positive stands in the history or among the negatives, or a negative stands twice")
     user, split = row.get("user", f"line {line}"), row.get("split")

@@ -192,24 +192,16 @@ LOSSES = {"dmpo": dmpo_loss, "dpo": dmpo_loss, "sdpo": sdpo_loss}  # DPO is DMPO
 # A whole catalogue after one prompt (for eval.py alone)
 
 
-def pack_catalogue(responses, tree_nodes=256, batch_nodes=4096):
+def pack_catalogue(responses, nodes, titles=64):
     """Pack, once, responses that will be scored after many prompts in turn -> [(Batch, [a tree's indices, ..]), ..].
 
-    Sorted, responses that begin alike are neighbours; they are cut into trees of about `tree_nodes` nodes each, whose
-    root stands for the prompt's last token, which `catalogue_logps` fills in. A batch holds about `batch_nodes`.
+    Sorted, responses that begin alike are neighbours; they are cut into trees of `titles` responses each, whose root
+    stands for the prompt's last token, which `catalogue_logps` fills in. A batch holds at most `nodes` nodes.
     """
-    parts, before = [], []
-    size = tree_nodes  # as if a part were full: the first response opens one
-    for i in sorted(range(len(responses)), key=responses.__getitem__):
-        shared = next((d for d, pair in enumerate(zip(before, responses[i])) if pair[0] != pair[1]), len(before))
-        if size + len(responses[i]) - shared > tree_nodes:
-            parts.append([])
-            size, shared = 1, 0
-        parts[-1].append(i)
-        size, before = size + len(responses[i]) - shared, responses[i]
-    several = max(1, batch_nodes // tree_nodes)
-    batches = [parts[at:at + several] for at in range(0, len(parts), several)]
-    return [(pack([[([0], [responses[i] for i in part])] for part in batch]), batch) for batch in batches]
+    order = sorted(range(len(responses)), key=responses.__getitem__)
+    parts = [order[at:at + titles] for at in range(0, len(order), titles)]
+    shots = [[([0], [responses[i] for i in part])] for part in parts]
+    return [(pack([shots[i] for i in some]), [parts[i] for i in some]) for some in group(shots, nodes)]
 
 
 @torch.no_grad()
@@ -218,7 +210,7 @@ def catalogue_logps(model, prompt, catalogue):
 
     The prompt is computed once; all its trees then attend to its keys and values. ValueError if one is not finite.
     """
-    device, past = model.head.device, []
+    device, past = model.head.device, [[] for _ in model.model.layers]
     seen = len(prompt) - 1
     model(torch.tensor([prompt[:-1]], device=device), past=past)  # for the keys and values that it puts into past
     logps = torch.empty(sum(len(part) for _, parts in catalogue for part in parts), device=device)

@@ -42,7 +42,8 @@ BEGINNING = 7  # a whole catalogue is first scored by this many tokens of each t
 
 
 def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
-    """Examples as [(prompt ids, [response ids, ..]), ..]; ValueError where one is too long for the model."""
+    """Examples, their histories cut to `dataset.latest`, as [(prompt ids, [response ids, ..]), ..]; ValueError where
+    one is too long for the model."""
     examples = [replace(example, history=example.history[-dataset.latest:]) for example in examples]
     result = [data.tokenize(tokenizer, example, dataset.heading, shuffle_seed) for example in examples]
     for example, (prompt, responses) in zip(examples, result):
@@ -55,13 +56,13 @@ def encode(model, tokenizer, dataset, examples, shuffle_seed=None):
 
 @torch.no_grad()
 def log_probabilities(model, shots, desc=""):
-    """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; 0 where one has
+    """log π(response | prompt) of every response -> (examples, candidates) float64 tensor, in order; -inf where one has
     fewer candidates than another. A shot is a list of examples (prompt ids, [response ids, ..]) that share a tree."""
     device = model.head.device
     me, processes = world()
     starts = np.cumsum([0, *map(len, shots)])
-    width = max(len(responses) for shot in shots for _, responses in shot)
-    logps = torch.zeros(starts[-1], width, dtype=torch.float64, device=device)
+    counts = torch.tensor([len(responses) for shot in shots for _, responses in shot], device=device)
+    logps = torch.zeros(len(counts), max(counts), dtype=torch.float64, device=device)
     groups = dmpo.group(shots, NODES[device.type])[me::processes]  # this process's part
     for group in tqdm(groups, desc, leave=False, disable=me > 0 or None):
         found = dmpo.response_logps(model, dmpo.pack([shots[i] for i in group]).to(device))  # (N, R)
@@ -69,16 +70,12 @@ def log_probabilities(model, shots, desc=""):
         logps[where, :found.shape[1]] = found.double()
     if not all_reduce(logps).isfinite().all():
         raise ValueError(f"{desc or 'the model'}: its log-probabilities are not finite: the weights are broken")
-    return logps
+    return logps.masked_fill(torch.arange(logps.shape[1], device=device) >= counts[:, None], -math.inf)
 
 
 def score(model, examples, desc=""):
-    """Log-probability of each response -> (users, candidates) array, the positives in column 0; -inf where there is no
-    candidate. examples: [(prompt ids, [response ids, ..]), ..], a tree each."""
-    logps = log_probabilities(model, [[example] for example in examples], desc).cpu().numpy()
-    for row, (_, responses) in zip(logps, examples):
-        row[len(responses):] = -np.inf
-    return logps
+    """The same for examples with a tree each -> (users, candidates) array, the positives in column 0."""
+    return log_probabilities(model, [[example] for example in examples], desc).cpu().numpy()
 
 
 def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
@@ -88,9 +85,11 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     least as likely as the whole positive, with 0.5 to spare: in bfloat16 a score moves by some tenths with its batch.
     """
     whole = [data.tokenize_response(tokenizer, item) for item in dataset.items]
-    beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole])
+    nodes = NODES[model.head.device.type] // 2  # smaller batches are padded less
+    beginnings = dmpo.pack_catalogue([response[:BEGINNING] for response in whole], nodes)
     index = {item: i for i, item in enumerate(dataset.items)}
-    tokens = encode(model, tokenizer, dataset, examples)
+    longest = max(zip(map(len, whole), dataset.items))[1]  # which must fit the model, too
+    tokens = encode(model, tokenizer, dataset, [replace(example, negatives=[longest]) for example in examples])
     least = score(model, tokens, desc=desc)[:, 0] - 0.5
     me, processes = world()
     result = torch.zeros(len(examples), dtype=torch.long)
@@ -100,7 +99,7 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
         bounds = dmpo.catalogue_logps(model, prompt, beginnings)
         bounds[[index[item] for item in dataset.sequences[examples[u].user]]] = -np.inf
         rivals = [index[examples[u].positive], *np.flatnonzero(bounds >= least[u])]
-        scores = dmpo.catalogue_logps(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals]))
+        scores = dmpo.catalogue_logps(model, prompt, dmpo.pack_catalogue([whole[i] for i in rivals], nodes))
         result[u] = (scores >= scores[0]).sum()  # itself included
     return all_reduce(result.to(model.head.device)).cpu().numpy()
 
@@ -185,7 +184,7 @@ def fit_item_knn(sequences, n_items):
 
 
 def fit_markov(sequences, n_items):
-    """What came right after the last item of the history how often; what never did is ranked by popularity."""
+    """How often each item came right after the history's last one; those that never did are ranked by popularity."""
     follows, counts = {}, fit_popularity(sequences, n_items)(None)
     for sequence in sequences:
         for before, after in zip(sequence, sequence[1:]):
@@ -301,9 +300,10 @@ def find_adapters(paths):
             base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             saved = llama.read_json(folder / "args.json") if (folder / "args.json").exists() else {}
             saved = {"model": base or "smollm2-135m"} | saved
-            for key, kind in {"data": str, "model": str, "prompt": str, "heading": str,
+            for key, kind in {"data": str, "model": str, "prompt": str, "heading": str, "init_sha256": str,
                               "shots": int, "seed": int, "moments": int, "latest": int}.items():
-                if key in saved and not isinstance(saved[key], kind):
+                if key in saved and (not isinstance(saved[key], kind)
+                                     or key in ("shots", "moments", "latest") and saved[key] < 1):
                     raise ValueError(f"{folder / 'args.json'}: {key} cannot be {saved[key]!r}")
             name = folder.absolute().name  # also of "."
             if name == "base":
@@ -339,15 +339,16 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
     whole = not examples[0].negatives
     count = len(dataset.items) if whole else max(len(responses) for _, responses in encoded)
     ranked, compared = {}, {"base": None}  # {name: [ranks (users,) of each adapter]}, {name: row it is compared with}
-    sft, seen = "base", set()              # the last SFT's name; the (shots, seed, moments, latest) of the adapters
+    starts, seen = {}, set()               # {sha256: name} of adapters; their (shots, seed, moments, latest)
     for name, folder, saved in [("base", None, {}), *adapters]:
         lora.load(model, folder)
         if saved.get("data", dataset.name) != dataset.name:
             name = f"{name} ({saved['data']})"
         elif saved.keys() >= {"shots", "seed"}:
             seen.add((saved["shots"], saved["seed"], saved.get("moments", 1), saved.get("latest", data.HISTORY)))
-        compared.setdefault(name, "base" if saved.get("stage") == "sft" or "init_sha256" not in saved else sft)
-        sft = name if saved.get("stage") == "sft" else sft
+        compared.setdefault(name, starts.get(saved.get("init_sha256"), "base"))  # what its training started from
+        if folder:
+            starts[data.file_sha256(folder / "adapter_model.safetensors")] = name
         rank = (catalogue_ranks(model, tokenizer, dataset, examples, name) if whole
                 else ranks(score(model, encoded, desc=name)))
         ranked.setdefault(name, []).append(rank)
@@ -405,19 +406,17 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
     last = adapters[-1][0]
     titles = [item for item in dataset.items if item not in seen]
     (prompt, responses), = encode(model, tokenizer, dataset, [data.Example("", history, titles[0], titles[1:])])
-    catalogue = dmpo.pack_catalogue(responses)
+    catalogue = dmpo.pack_catalogue(responses, NODES[model.head.device.type] // 2)
     for name, folder, *_ in adapters:
         lora.load(model, folder)
         scores[name] = dmpo.catalogue_logps(model, prompt, catalogue)
-    order = {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
-    rank = {name: np.argsort(positions) + 1 for name, positions in order.items()}  # of each title
 
     def row(i):
         return {"title": titles[i], "score": float(scores[last][i]), "held_out": titles[i] == positive,
-                "rank": {other: int(rank[other][i]) for other in scores}}
+                "rank": {name: int((values > values[i]).sum()) + 1 for name, values in scores.items()}}
 
     return {"data": dataset.name, "history": history, "latest": dataset.latest, "model": last, "titles": len(titles),
-            "recommended": [row(i) for i in order[last][:top]],
+            "recommended": [row(i) for i in np.argsort(-scores[last], kind="stable")[:top]],
             "held_out": row(titles.index(positive)) if positive else None}
 
 
@@ -446,7 +445,7 @@ def print_person(report):
     """A report of `recommend`, with the reasons if they were added, as text."""
     name, rows = report["model"], list(report["recommended"])
     columns = {other: max(6, len(other)) for other in rows[0]["rank"] if other != name}
-    if report["held_out"] and report["held_out"]["rank"][name] > len(rows):
+    if report["held_out"] and not any(row["held_out"] for row in rows):
         rows.append(report["held_out"])
     print("\n".join(["The history, oldest first:", *(f"  {title}" for title in report["history"][-report["latest"]:])]))
     print(f"\nOf {report['titles']} other titles {name} ranks first" + (
@@ -625,8 +624,10 @@ def run(main):
         sys.exit(1)
     except (ValueError, OSError, MemoryError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of GPU memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
+    except RuntimeError as error:
+        if "memory" not in str(error):  # a mistake of ours
+            raise
+        sys.exit(f"error: out of memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -666,7 +667,7 @@ def add_shared_options(parser, dataset):
 
 
 def parse():
-    """The command line."""
+    """Its options; what was not given, and follows from the adapters, is left to `main`."""
     parser = argparse.ArgumentParser(description="Rank held-out items with the base model and with adapters.")
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER",
                         help="adapter folders, or runs that hold sft/ and dmpo/ (default: runs/<data>)")
@@ -697,9 +698,10 @@ def parse():
     parser.add_argument("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
-    if args.json and (Path(args.json).suffix != ".json" or not (
-            Path(args.json).is_file() if Path(args.json).exists() else Path(args.json).absolute().parent.is_dir())):
-        parser.error(f"--json {args.json}: neither a file nor a new name, ending in .json, in a folder that exists")
+    if args.json:  # better now than after the work
+        path = Path(args.json).absolute()
+        if path.suffix != ".json" or path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            parser.error(f"--json {args.json}: neither a file nor a new name, ending in .json, in a folder to write to")
     if args.compare and not args.person:
         parser.error("--compare needs --user or --history")
     if args.others is not None and (args.person or args.explain):
@@ -717,9 +719,8 @@ def open_all(args):
     if not me:
         barrier(device)
     model, tokenizer = llama.load(folder, device, dtype), data.load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only "
-                         f"{model.config.vocab_size}")
+    if (last := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has a token {last}, the model only {model.config.vocab_size}")
     return dataset, model, tokenizer
 
 

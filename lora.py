@@ -127,14 +127,11 @@ def refuse_unsupported(path, config):
         raise ValueError(f"{path}: target_modules {targets!r} must be a list out of {', '.join(TARGETS)}")
 
 
-def detach(model, merged=False):
-    """Turn every LoRALinear back into the nn.Linear it wraps; with `merged`, its weight becomes W + (alpha/r) B A."""
+def detach(model):
+    """Turn every LoRALinear back into the nn.Linear it wraps; returns the model."""
     for name, module in adapters(model).items():
         linear = nn.Linear(*module.weight.shape[::-1], bias=False, device="meta")
         linear.weight = module.weight
-        if merged:
-            update = module.scale * module.lora_B @ module.lora_A  # (out, in)
-            linear.weight = nn.Parameter((module.weight.float() + update).to(module.weight.dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     return model
@@ -142,8 +139,10 @@ def detach(model, merged=False):
 
 @torch.no_grad()
 def merge(model):
-    """Fold the adapters into the weights: the same outputs up to rounding, and a plain model again."""
-    return detach(model, merged=True)
+    """Fold the adapters into the weights, W + (alpha/r) B A: the same outputs up to rounding, a plain model again."""
+    for module in adapters(model).values():
+        module.weight += module.scale * module.lora_B @ module.lora_A  # (out, in); in float32, then rounded to W's type
+    return detach(model)
 
 
 def main():

@@ -100,17 +100,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, bias, past, layer):
+    def forward(self, x, cos, sin, bias, past):
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, d)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                    # (B, G, T, d)
-        if past is not None:
-            if len(past) == layer:  # nothing of this layer yet: the list is being filled (see Llama.forward)
-                past.append((k, v))
-            else:
-                k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)  # (B, G, S, d)
-                        for old, new in zip(past[layer], (k, v)))
+        if past:  # this layer's keys and values of the tokens before
+            k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)  # (B, G, S, d)
+                    for old, new in zip(past, (k, v)))
+        elif past is not None:
+            past.extend((k, v))
         return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
 
 
@@ -135,8 +134,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, bias, past, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, past, layer)
+    def forward(self, x, cos, sin, bias, past):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -164,11 +163,12 @@ class Llama(nn.Module):
         """Hidden states (B, T, D) after the last norm.
 
         ids (B, T) int; positions (B, T) int, default 0, 1, .. after the past; mask (B, T, S) bool, True where a token
-        may attend, default causal; past: None, or a list. An empty list is filled with every layer's keys and
-        values; a filled one is attended to before the new tokens (one past row serves all rows) and left unchanged.
+        may attend, default causal; past: None, or a list for each layer. Empty lists are filled with the layer's keys
+        and values; filled ones are attended to before the new tokens (one past row serves all rows) and left unchanged.
         """
         B, T = ids.shape
-        S = T + (past[0][0].shape[2] if past else 0)
+        past = past or [None] * len(self.model.layers)
+        S = T + (past[0][0].shape[2] if past[0] else 0)
         if positions is None:
             positions = torch.arange(S - T, S, device=ids.device).expand(B, T)
         if mask is None:
@@ -177,11 +177,11 @@ class Llama(nn.Module):
         angles = positions[..., None] * rope_frequencies(self.config, ids.device)  # (B, T, d/2)
         cos, sin = (f(angles)[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (B, T, 1, d/2)
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -math.inf)[:, None]
-        for i, layer in enumerate(self.model.layers):
+        for layer, layer_past in zip(self.model.layers, past):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, bias, past, i, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, bias, layer_past, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, bias, past, i)
+                x = layer(x, cos, sin, bias, layer_past)
         return self.model.norm(x)
 
     def logits(self, hidden):
@@ -273,11 +273,11 @@ def load(path, device="cpu", dtype=torch.float32):
     layers = len({key.split(".")[2] for key in weights if key.startswith("model.layers.")})
     if layers != config.num_hidden_layers:  # first, as a damaged config may ask for millions
         raise ValueError(f"{folder}: weights and config.json disagree: {layers} layers, {config.num_hidden_layers}")
-    with torch.device("meta"):
-        model = Llama(config)
     try:
+        with torch.device("meta"):
+            model = Llama(config)
         model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:  # many lines, the first of which says only that there are some
+    except (RuntimeError, TypeError) as error:  # many lines, the first of which says only that there are some
         details = " ".join(str(error).split("\n", 1)[-1].split())[:400]
         raise ValueError(f"{folder}: weights and config.json disagree: {details}") from None
     return model.requires_grad_(False).eval()

@@ -267,7 +267,7 @@ def test_keys_and_values_of_the_past_stand_in_for_its_tokens():
     torch.manual_seed(0)
     model, ids = tiny(), torch.randint(0, 300, (1, 20))
     with torch.no_grad():
-        past = []
+        past = [[] for _ in model.model.layers]
         model(ids[:, :12], past=past)
         close(model(ids[:, 12:], past=past), model(ids)[:, 12:], 1e-5)
         close(model(ids[:, 12:].repeat(2, 1), past=past)[1:], model(ids)[:, 12:], 1e-5)  # one past, two rows
@@ -315,6 +315,7 @@ def test_unsupported_or_damaged_models_are_refused_by_name():
         (dict(vocab_size=None), "vocab_size"), (dict(vocab_size=10 ** 30), "vocab_size"),
         (dict(rms_norm_eps=0), "rms_norm_eps"), (dict(head_dim=7), "odd"),
         (dict(num_key_value_heads=3), "evenly"), (dict(hidden_size=64), "disagree"),
+        (dict(hidden_size=2 ** 39, vocab_size=2 ** 39), "disagree"), (dict(head_dim=2 ** 39), "disagree"),
         (dict(num_hidden_layers=3), "disagree"), (dict(num_hidden_layers=10 ** 10), "2 layers"),
         (dict(tie_word_embeddings=False), "lm_head.weight"),
         (dict(rope_scaling={"type": "llama3", "factor": 8}), "low_freq_factor"),
@@ -338,6 +339,8 @@ def test_unsupported_or_damaged_models_are_refused_by_name():
         refused(lambda: llama.load(folder), "config.json")
         (path / "tokenizer.json").write_text("{}")
         refused(lambda: data.load_tokenizer(folder), "tokenizer.json")
+        Tokenizer(models.WordLevel({"1.": 0}, unk_token="<unk>")).save(f"{folder}/tokenizer.json")
+        refused(lambda: data.tokenize_response(data.load_tokenizer(folder), "Heat"), "cannot encode", "Heat")
         (path / "tokenizer.json").unlink()
         refused(lambda: data.load_tokenizer(folder), "tokenizer.json")
 
@@ -659,6 +662,11 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     assert [(e.history, e.positive) for e in shot] == [(["A"], "B"), (["A", "B"], "D")]
     assert shot[1].negatives == ["X", "Y"]  # given for the latest only: the others' are drawn
     assert {e.negatives[0] for seed in range(9) for e, *_ in data.shots(dataset, 2, 2, seed, moments=10)} == set("DWXY")
+    rows = ('["A"], "positive": "B"', '["A", "B"], "positive": "C"', '["A", "C"], "positive": "D", "split": "test"')
+    dataset = read_text("".join('{"user": "u", "history": %s}\n' % row for row in rows), "own.jsonl")
+    assert data.interactions(dataset) == [["A", "B", "C"]]  # what a user's examples repeat counts once
+    dataset = read_text('{"history": ["A", "B", "A"], "positive": "C"}', "own.jsonl")
+    assert dataset.given["test"][0].history == ["A", "B"]  # of a title that comes twice the first counts
     both = read_text(line % ("u", "C", ', "split": "train"') + line % ("u", "D", ', "split": "test"'), "own.jsonl")
     assert both.sequences == {"u": ["A", "B", "C", "D"]}  # what no negative of u may be, in any split
     dataset = read_text("".join(line % (f"u{i // 2}", f"P{i}", "") for i in range(60)), "own.jsonl")  # split by user
@@ -899,7 +907,7 @@ def test_a_gpu_computes_what_the_cpu_does():
         logps = evaluation.log_probabilities(model, shots)
         train.backward(model, shots, torch.zeros_like(logps).float().split([3] * 5), settings)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        catalogue = dmpo.catalogue_logps(model, shots[0][0][0], dmpo.pack_catalogue(shots[0][0][1]))
+        catalogue = dmpo.catalogue_logps(model, shots[0][0][0], dmpo.pack_catalogue(shots[0][0][1], 1024))
         found.append([logps.cpu(), gradient.cpu() / gradient.abs().max().cpu(), torch.from_numpy(catalogue)])
     for cpu, gpu in zip(*found):
         close(gpu, cpu, 1e-4)
@@ -1043,8 +1051,9 @@ def test_catalogue_equals_scoring_every_title_alone():
     responses = [r for _, responses in random_examples(rng, 40, shared=True) for r in responses]
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (2, 17)]
     with torch.no_grad():
-        for nodes, tokens in ((256, 4096), (16, 40)):  # in one piece, and cut into many
-            catalogue = dmpo.pack_catalogue(responses, nodes, tokens)
+        for titles, nodes in ((200, 4096), (3, 100)):  # in one piece, and cut into many
+            catalogue = dmpo.pack_catalogue(responses, nodes, titles)
+            assert (len(catalogue) == 1) == (titles == 200)
             assert sorted(i for _, parts in catalogue for part in parts for i in part) == list(range(len(responses)))
             for prompt in prompts:
                 close(dmpo.catalogue_logps(model, prompt, catalogue),
@@ -1076,9 +1085,12 @@ def test_scores_that_are_not_finite_and_prompts_that_are_too_long_are_refused():
     model = tiny(max_position_embeddings=50)
     refused(lambda: evaluation.encode(model, byte_tokenizer(), toy_data(), data.heldout(toy_data(), "test", 2)),
             "more than the 50")
+    longest = replace(toy_data(), items=[*toy_data().items, "Z" * 1000])  # nobody's positive, but to be ranked
+    refused(lambda: evaluation.catalogue_ranks(tiny(), byte_tokenizer(), longest, data.heldout(toy_data(), "test", 0)),
+            "more than the 1024")
     model.model.norm.weight.data.fill_(math.nan)
     refused(lambda: evaluation.score(model, random_examples(random.Random(0), 2)), "not finite")
-    refused(lambda: dmpo.catalogue_logps(model, [1, 2], dmpo.pack_catalogue([[3, 4], [5]])), "not finite")
+    refused(lambda: dmpo.catalogue_logps(model, [1, 2], dmpo.pack_catalogue([[3, 4], [5]], 1024)), "not finite")
 
 
 def test_ranking_all_items_is_exact_whatever_beginning_is_scored_first():
@@ -1253,6 +1265,9 @@ def test_adapters_without_args_json_are_evaluated_and_those_with_a_bad_one_refus
         Path("bare/args.json").write_text('{"data": ["toy.csv"]}')
         status, out, err = command(evaluation.main, "bare")
         assert status == 1 and "data cannot be ['toy.csv']" in err, err
+        Path("bare/args.json").write_text('{"latest": 0}')
+        status, out, err = command(evaluation.main, "bare")
+        assert status == 1 and "latest cannot be 0" in err, err
 
 
 def test_explanations_are_the_change_in_log_odds_without_an_item():
@@ -1389,7 +1404,7 @@ def test_a_steps_gradient_is_that_of_one_batch_however_many_groups_and_processes
                 with (mock.patch.dict(evaluation.NODES, cpu=budget),
                       mock.patch.object(evaluation, "world", lambda: (me, processes))):
                     stats = train.backward(part, shots, reference.split([2, 1, 1, 1, 1]), settings)
-                told.update({key: float(value) for key, value in stats.items()})  # adds them up
+                told.update(stats)  # adds them up
                 found = found + gradient(part)
             scale = gradient(whole).abs().max()
             close(found / scale, gradient(whole) / scale, 1e-4)
@@ -1404,7 +1419,8 @@ def test_a_step_moves_the_adapters_by_the_learning_rate_along_the_clipped_gradie
     flat = lambda: torch.cat([p.detach().flatten() for p in trained])
     before, shots = flat(), [[example] for example in random_examples(random.Random(8), 3)]
     with mock.patch.object(dmpo, "sft_loss", lambda logps, tokens: -1000 * logps[:, 0].sum()):  # a long gradient
-        line = train.update(model, torch.optim.SGD(trained, lr=9.0), 0.01, shots, None, [2, 0], {"stage": "sft"})
+        line = train.update(model, torch.optim.SGD(trained, lr=9.0), 0.01, shots, [None] * 3, [2, 0],
+                            {"stage": "sft"})
     close((flat() - before).norm(), 0.01, 1e-4)
     assert line["lr"] == 0.01 and all(p.grad is None for p in trained)
     close(line["examples_per_s"] * line["seconds"], 2.0, 1e-6)
@@ -1491,10 +1507,15 @@ def test_dmpo_starts_where_sft_ended():
         sft, after = (load_file(f"runs/toy/{stage}/adapter_model.safetensors") for stage in ("sft", "dmpo"))
         assert status == 0 and all((sft[key] - after[key]).abs().max() < 1e-6 for key in sft), err
         assert max(sft[key].abs().max() for key in sft if "lora_B" in key) > 1e-4  # a fresh adapter's would be 0
-        shutil.rmtree("runs/toy/sft")  # another SFT in its place is another reference
+        shutil.move("runs/toy/sft", "start")  # another SFT in its place is another reference
         assert command(train.main, *TOY, "--stage", "sft", "--lr", 0.01, "--epochs", 1)[0] == 0
         status, _, err = command(train.main, *TOY, "--lr", 1e-9, "--epochs", 1)
         assert status == 1 and "init_sha256" in err, err
+        adapters = evaluation.find_adapters(["start", "runs/toy"])
+        rows = evaluation.evaluate(llama.load("base"), byte_tokenizer(), toy_data(), adapters,
+                                   data.heldout(toy_data(), "test", 9, users=3))["rows"]
+        assert {row["name"].split(" (")[0]: row["difference"]["to"].split(" (")[0] for row in rows[1:]} == {
+            "start": "base", "sft": "base", "dmpo": "start"}  # each is compared with what it started from
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another():
@@ -1759,7 +1780,7 @@ def test_bad_input_gets_one_line_and_a_status():
             (train.main, [*TOY, "--shots", "100000"], "shots"),
             (train.main, [*TOY, "--negatives", "100"], "too few"), (train.main, [*TOY, "--out", "file"], "file"),
             (evaluation.main, ["--candidates", "1"], "--candidates"), (evaluation.main, ["--users", "-3"], "--users"),
-            (evaluation.main, ["--model", "small", "--data", "toy.csv"], "256 tokens"),
+            (evaluation.main, ["--model", "small", "--data", "toy.csv"], "a token 255, the model only 200"),
             (evaluation.main, ["--json", "nowhere/x.json"], "--json"),
             (evaluation.main, ["nowhere"], "nowhere"), (evaluation.main, ["base"], "no adapter"),
             (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "500"], "too few"),
@@ -1767,6 +1788,7 @@ def test_bad_input_gets_one_line_and_a_status():
             (evaluation.main, ["--data", "toy.csv", "--candidates", "all", "--prompt", "candidates"], "listed"),
             (train.main, [*TOY, "--data", "gone.csv"], "gone.csv"), (train.main, [*TOY, "--data", "toy"], "--data toy"),
             (lora.main, ["base", "nowhere", "out"], "nowhere"), (lora.main, ["base"], "usage"),
+            (lambda: torch.empty(1 << 50), [], "out of memory"),
         ]
         for main, args, word in table:
             status, out, err = command(main, *args)
@@ -1819,7 +1841,7 @@ def readers(folder):
     (adapter / "args.json").write_text(json.dumps(settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     run.mkdir()
-    train.backward(model, [[([1, 2], [[3, 4]])]], None, {"stage": "sft"})
+    train.backward(model, [[([1, 2], [[3, 4]])]], [None], {"stage": "sft"})
     optimizer.step()
     (run / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     train.save_checkpoint(run / "checkpoint", model, optimizer, settings, 1)
@@ -1901,7 +1923,7 @@ def benchmark_catalogue():
     dataset, tokenizer = data.load("ml-100k"), data.load_tokenizer(folder)
     model = llama.load(folder, dtype=torch.bfloat16)
     titles = [data.tokenize_response(tokenizer, item) for item in dataset.items]
-    examples, catalogue = data.heldout(dataset, "validation", 0, users=6), dmpo.pack_catalogue(titles)
+    examples, catalogue = data.heldout(dataset, "validation", 0, users=6), dmpo.pack_catalogue(titles, 1024)
 
     def tokens(example):
         return evaluation.encode(model, tokenizer, dataset, [example])[0][0]

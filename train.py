@@ -73,7 +73,7 @@ def train(model, tokenizer, dataset, settings, folder):
     shots, validation = prepare(model, tokenizer, dataset, settings)
     print("{} shots, {} examples; mean tree: {:.0f} nodes, {:.0f} of which predict a token; as one row per response: "
           "{:.0f} tokens".format(len(shots), sum(map(len, shots)), *np.mean([sizes(shot) for shot in shots], axis=0)))
-    reference = None
+    reference = [None] * len(shots)
     if settings["stage"] == "dmpo":  # before load_checkpoint: until then the model is its own reference
         reference = evaluation.log_probabilities(model, shots, desc="reference").float().split([*map(len, shots)])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True)
@@ -119,8 +119,7 @@ def update(model, optimizer, lr, shots, reference, picked, settings):
     """One update with the shots of these indices -> its line of the log; ValueError if the loss is not finite."""
     began, shots = time.perf_counter(), [shots[i] for i in picked]
     optimizer.param_groups[0]["lr"] = lr
-    stats = backward(model, shots, reference and [reference[i] for i in picked], settings)
-    stats = {key: float(value) for key, value in stats.items()}  # a GPU is waited for here
+    stats = backward(model, shots, [reference[i] for i in picked], settings)
     norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
     if not math.isfinite(stats["loss"] + norm):
         raise ValueError(f"the loss is {stats['loss']}, its gradient's norm {norm} (lr {lr:.2g}, shots {picked}): "
@@ -135,8 +134,8 @@ def update(model, optimizer, lr, shots, reference, picked, settings):
 def backward(model, shots, reference, settings):
     """Gradients of one step's loss, in groups of bounded size -> what the log tells of the step.
 
-    shots: lists of examples (prompt ids, [response ids, ..]); reference: a tensor (examples, 1+k) for each, or None for
-    SFT. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
+    shots: lists of examples (prompt ids, [response ids, ..]); reference: for each a tensor (examples, 1+k), for SFT
+    None. Each process takes its part of the shots; parts are weighted by their share of the whole, tokens for SFT and
     examples for DMPO, so that the sum over groups and processes is the gradient of one large batch.
     """
     device, (me, processes) = model.head.device, evaluation.world()
@@ -144,8 +143,7 @@ def backward(model, shots, reference, settings):
     stats = dict.fromkeys(names, 0.0)
     examples = sum(map(len, shots))
     predicted = sum(len(responses[0]) for shot in shots for _, responses in shot)  # tokens that SFT learns
-    shots = shots[me::processes]  # this process's part
-    reference = reference and reference[me::processes]
+    shots, reference = shots[me::processes], reference[me::processes]  # this process's part
     for group in dmpo.group(shots, evaluation.NODES[device.type]):
         batch = dmpo.pack([shots[i] for i in group])
         stats["tokens"] += batch.nodes
@@ -169,7 +167,7 @@ def backward(model, shots, reference, settings):
         for p, grad in zip(trained, evaluation.all_reduce(whole).split([p.numel() for p in trained])):
             p.grad = grad.view_as(p)
     values = torch.stack([torch.as_tensor(stats[name], device=device).double() for name in names])
-    return dict(zip(names, evaluation.all_reduce(values)))
+    return dict(zip(names, evaluation.all_reduce(values).tolist()))  # a GPU is waited for here
 
 
 def learning_rate(step, steps, peak):
@@ -252,7 +250,7 @@ def lock(folder):
 
 
 def parse():
-    """The command line."""
+    """Its options, and what those not given follow from."""
     parser = argparse.ArgumentParser(description="Fine-tune a language model to recommend: SFT, then DMPO.")
     add, positive, above_zero = parser.add_argument, evaluation.bounded(int, 1), evaluation.bounded(float, 1e-12)
     add("--stage", choices=("sft", "dmpo"), default="dmpo", help="dmpo runs sft first if it has not been (default)")
@@ -303,15 +301,15 @@ SHARED = ("data", "data_sha256", "model", "heading", "latest", "prompt", "shots"
 
 
 def stage_settings(args, stage):
-    """A stage's settings as args.json keeps them; `main` adds its start (init, init_sha256, rank) and dtype."""
+    """A stage's settings as args.json keeps them; `main` adds init, init_sha256 (and that adapter's rank) and dtype."""
     own = args.stage == stage  # --epochs and --lr are for the stage that was asked for
     settings = {key: getattr(args, key) for key in (*SHARED, "batch_size")}
     settings["epochs"] = args.epochs if own else 1
     settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
     if stage == "dmpo":
-        settings |= {key: getattr(args, key) for key in ("loss", "beta", "sample")}
+        settings |= {"loss": args.loss, "beta": args.beta}
     if stage == "dmpo" or args.prompt == "candidates":
-        settings["negatives"] = args.negatives
+        settings |= {"negatives": args.negatives, "sample": args.sample}
     return {"stage": stage, **settings}
 
 
