@@ -900,7 +900,7 @@ def test_a_gpu_computes_what_the_cpu_does():
     if not torch.cuda.is_available():
         raise unittest.SkipTest("there is no GPU")
     shots, found = [random_examples(random.Random(i), 3, shared=True) for i in range(5)], []
-    settings = {"stage": "dmpo", "loss": "dmpo", "beta": 0.5}
+    settings = {"stage": "dmpo", "loss": "dmpo", "beta": 0.5, "sft_weight": 0.1}
     for device in "cpu", "cuda":
         torch.manual_seed(0)
         model = nonzero(lora.attach(tiny(), 4, 8)).to(device)
@@ -1386,15 +1386,16 @@ def test_a_steps_gradient_is_that_of_one_batch_however_many_groups_and_processes
     def gradient(model):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
-    for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5},
-                     {"stage": "dmpo", "loss": "sdpo", "beta": 0.5}):
+    for settings in ({"stage": "sft"}, {"stage": "dmpo", "loss": "dmpo", "beta": 0.5, "sft_weight": 0},
+                     {"stage": "dmpo", "loss": "sdpo", "beta": 0.5, "sft_weight": 0.3}):
         whole = fresh()
         logps = torch.stack([torch.stack(row) for row in one_by_one(whole, examples)])
         r = 0.5 * (logps.detach() - reference)
         expected = {"margin": (r[:, 0] - r[:, 1:].mean(1)).mean(),
                     "reward_accuracy": (r[:, :1] > r[:, 1:]).float().mean()}
-        loss = (-logps[:, 0].sum() / tokens if settings["stage"] == "sft"
-                else dmpo.LOSSES[settings["loss"]](logps, reference, 0.5))
+        loss = sft = -logps[:, 0].sum() / tokens
+        if settings["stage"] == "dmpo":
+            loss = dmpo.LOSSES[settings["loss"]](logps, reference, 0.5) + settings["sft_weight"] * sft
         loss.backward()
         expected["loss"] = loss.detach()
         for budget, processes in ((10000, 1), (1, 1), (10000, 2), (60, 7)):  # of seven, two have no shot
@@ -1477,7 +1478,7 @@ def test_the_defaults_are_those_that_the_readme_states():
         args = vars(train.parse())
     assert train.LEARNING_RATES == {"sft": 1e-3, "dmpo": 5e-4} and args.items() >= dict(
         stage="dmpo", loss="dmpo", init="sft", data="ml-100k", shots=100, moments=10, latest=10, batch_size=2, epochs=1,
-        rank=8, beta=0.1, negatives=4, sample="given", prompt="history", users=200, seed=0).items()
+        rank=8, beta=0.1, sft_weight=0, negatives=4, sample="given", prompt="history", users=200, seed=0).items()
 
 
 def test_an_epoch_takes_every_shot_once_in_an_order_of_its_own_without_weight_decay():
@@ -1964,7 +1965,8 @@ def benchmark_trl():
         for start in (0, *range(0, len(shots), size)):
             began, step = time.perf_counter(), encoded[start:start + size]
             reference = evaluation.log_probabilities(model, step).float().split([*map(len, step)])
-            stats = train.backward(model, step, reference, {"stage": "dmpo", "loss": "dmpo", "beta": 0.1})
+            settings = {"stage": "dmpo", "loss": "dmpo", "beta": 0.1, "sft_weight": 0}
+            stats = train.backward(model, step, reference, settings)
             optimizer.step()
             optimizer.zero_grad()
             float(stats["loss"])  # a GPU is waited for

@@ -155,6 +155,7 @@ def backward(model, shots, reference, settings):
         else:
             ref, share = torch.cat([reference[i] for i in group]), len(policy) / examples
             loss = dmpo.LOSSES[settings["loss"]](policy, ref, settings["beta"]) * share
+            loss = loss + settings["sft_weight"] * dmpo.sft_loss(policy, predicted)
             r = dmpo.rewards(policy.detach(), ref, settings["beta"])
             margin = r[:, 0] - r[:, 1:].mean(-1)
             stats["margin"] += margin.mean() * share
@@ -271,6 +272,8 @@ def parse():
     add("--init", metavar="sft|base|FOLDER", help="what this stage starts from, for dmpo its reference: the SFT of the "
         "same --out (dmpo's default), the base model (sft's default), or any adapter's folder")
     add("--beta", type=above_zero, default=0.1, help="weight of the implicit reward (default: %(default)s)")
+    add("--sft-weight", type=evaluation.bounded(float, 0), default=0.0, metavar="W",
+        help="add W times SFT's loss to the preference loss (default: %(default)g; the paper's authors ran with 1)")
     add("--negatives", type=positive, help="sampled negatives an example, k (default: 4; dpo: 1)")
     add("--sample", choices=("given", "uniform", "popular", "hard"), default="given", help="negatives. given: the "
         "data's own if any, then uniform ones (default); uniform: all titles alike; popular: as often as they occur; "
@@ -307,7 +310,7 @@ def stage_settings(args, stage):
     settings["epochs"] = args.epochs if own else 1
     settings["lr"] = args.lr if own and args.lr else LEARNING_RATES[stage]
     if stage == "dmpo":
-        settings |= {"loss": args.loss, "beta": args.beta}
+        settings |= {"loss": args.loss, "beta": args.beta, "sft_weight": args.sft_weight}
     if stage == "dmpo" or args.prompt == "candidates":
         settings |= {"negatives": args.negatives, "sample": args.sample}
     return {"stage": stage, **settings}
