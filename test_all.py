@@ -1015,7 +1015,7 @@ def test_losses_by_hand():
         assert torch.isfinite(extreme.grad).all()
 
 
-def test_dmpo_with_one_negative_equals_trl():
+def test_dmpo_with_one_negative_and_its_sum_with_sft_equal_trl():
     trl, transformers, datasets = need("trl"), need("transformers"), need("datasets")
     with tempfile.TemporaryDirectory() as folder:
         write_folder(tiny(), f"{folder}/policy")
@@ -1026,7 +1026,8 @@ def test_dmpo_with_one_negative_equals_trl():
                                                          eos_token="~")
         rows = {"prompt": ["Films:\n1.", "Seen:"], "chosen": [" Heat\n", " Alien\n"], "rejected": [" Up\n", " Antz\n"]}
         args = trl.DPOConfig(output_dir=folder, per_device_train_batch_size=2, beta=0.3, report_to=[], use_cpu=True,
-                             bf16=False, gradient_checkpointing=False, disable_dropout=True, loss_type=["sigmoid"])
+                             bf16=False, gradient_checkpointing=False, disable_dropout=True,
+                             loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2])
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainer = trl.DPOTrainer(policy, reference, args, train_dataset=datasets.Dataset.from_dict(rows),
                                      processing_class=tokenizer)
@@ -1040,10 +1041,11 @@ def test_dmpo_with_one_negative_equals_trl():
         half = len(sequences) // 2
         batch = trees([(prompt, [chosen, rejected[1]])
                       for (prompt, chosen), rejected in zip(sequences[:half], sequences[half:])])
-        ours = dmpo.dmpo_loss(*(dmpo.response_logps(llama.load(f"{folder}/{name}"), batch)
-                                for name in ("policy", "reference")), 0.3)
-    assert abs(expected.item() - math.log(2)) > 0.01
-    close(ours, expected.item(), 1e-4)
+        policy, reference = (dmpo.response_logps(llama.load(f"{folder}/{name}"), batch)
+                             for name in ("policy", "reference"))
+        ours, tokens = dmpo.dmpo_loss(policy, reference, 0.3), sum(len(chosen) for _, chosen in sequences[:half])
+    assert abs(ours - math.log(2)) > 0.01
+    close(ours + 0.2 * dmpo.sft_loss(policy, tokens), expected.item(), 1e-4)
 
 
 def test_catalogue_equals_scoring_every_title_alone():
