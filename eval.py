@@ -629,7 +629,7 @@ def run(main):
             raise
         sys.exit(f"error: out of memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted (training goes on with the same command)", file=sys.stderr)
         sys.exit(130)
 
 
