@@ -250,6 +250,8 @@ def load(name, noun=None, verb=None, latest=HISTORY):
     own = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}.get(Path(name).suffix)
     if name not in DATASETS and not own:
         raise ValueError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, *.tsv or *.jsonl")
+    if own and not Path(name).is_file():
+        raise ValueError(f"--data {name}: there is no such file")
     read, *wording = DATASETS.get(name) or (lambda: own(name), "items", "chosen")
     heading = one_line(f"{noun or wording[0]} {verb or wording[1]}, in order:")
     return replace(read(), name=name, heading=heading[0].upper() + heading[1:], latest=latest)

@@ -1789,7 +1789,8 @@ def test_bad_input_gets_one_line_and_a_status():
             (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "500"], "too few"),
             (evaluation.main, ["--model", "base", "--data", "toy.csv", "--candidates", "given"], "no candidates"),
             (evaluation.main, ["--data", "toy.csv", "--candidates", "all", "--prompt", "candidates"], "listed"),
-            (train.main, [*TOY, "--data", "gone.csv"], "gone.csv"), (train.main, [*TOY, "--data", "toy"], "--data toy"),
+            (train.main, [*TOY, "--data", "gone.csv"], "--data gone.csv: there is no such file"),
+            (train.main, [*TOY, "--data", "toy"], "--data toy"),
             (lora.main, ["base", "nowhere", "out"], "nowhere"), (lora.main, ["base"], "usage"),
             (lambda: torch.empty(1 << 50), [], "out of memory"),
         ]
