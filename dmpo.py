@@ -160,7 +160,7 @@ def response_logps(model, batch, past=None):
     return F.pad(logps, (0, 1))[batch.paths].sum(-1)  # (N, R, L) -> (N, R); padded paths point to E, the 0 appended
 
 
-# The losses: policy and reference (N, 1+k) are sequence log-probabilities, column 0 the positive's
+# The losses, of sequence log-probabilities (N, 1+k): policy's, reference's; column 0 is the positive's
 
 
 def sft_loss(logps, tokens):

@@ -413,7 +413,8 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 
     def row(i):
         return {"title": titles[i], "score": float(scores[last][i]), "held_out": titles[i] == positive,
-                "rank": {name: int((values > values[i]).sum()) + 1 for name, values in scores.items()}}
+                "rank": {name: int((values > values[i]).sum()) + 1  # equal scores, equal ranks
+                         for name, values in scores.items()}}
 
     return {"data": dataset.name, "history": history, "latest": dataset.latest, "model": last, "titles": len(titles),
             "recommended": [row(i) for i in np.argsort(-scores[last], kind="stable")[:top]],

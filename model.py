@@ -108,7 +108,7 @@ class Attention(nn.Module):
         if past:  # this layer's keys and values of the tokens before
             k, v = (torch.cat((old.expand(B, -1, -1, -1), new), dim=2)  # (B, G, S, d)
                     for old, new in zip(past, (k, v)))
-        elif past is not None:
+        elif past is not None:  # an empty list, to be filled
             past.extend((k, v))
         return self.o_proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, -1))
 

@@ -446,7 +446,7 @@ def test_adapters_that_are_damaged_or_not_plain_lora_are_refused():
 
 
 def test_prompt_is_a_numbered_list_of_the_ten_latest_or_as_many_as_told_that_ends_in_the_next_number():
-    assert data.prompt(["Heat (1995)", "M"]) == "Movies watched, in order:\n1. 1995 Heat\n2. M\n3."
+    assert data.prompt(["Heat (1995)", "M"], "Films seen:") == "Films seen:\n1. 1995 Heat\n2. M\n3."
     example = data.Example("u", [f"F{i}" for i in range(13)], "F", ["G"])
     for dataset, latest in ((data.Dataset({}, []), 10), (data.Dataset({}, [], latest=12), 12)):
         (prompt, _), = evaluation.encode(tiny(), byte_tokenizer(), dataset, [example])
@@ -1007,7 +1007,7 @@ def test_losses_by_hand():
     close(dmpo.dmpo_loss(policy, reference, 0.5), (math.log(1 + math.exp(-1.75)) + math.log(2)) / 2, 1e-6)
     close(dmpo.sdpo_loss(policy, reference, 0.5), (math.log(1 + math.exp(-1) + math.exp(-2.5)) + math.log(3)) / 2, 1e-6)
     close(dmpo.sft_loss(torch.tensor([[-6.0, -9.0], [-2.0, -5.0]]), 3 + 1), 2.0, 1e-6)  # positives of 3 and 1 tokens
-    assert dmpo.LOSSES == {"dmpo": dmpo.dmpo_loss, "dpo": dmpo.dmpo_loss, "sdpo": dmpo.sdpo_loss}
+    assert dmpo.LOSSES["dmpo"] is dmpo.LOSSES["dpo"] is dmpo.dmpo_loss and dmpo.LOSSES["sdpo"] is dmpo.sdpo_loss
     for loss in (dmpo.dmpo_loss, dmpo.sdpo_loss):
         close(loss(policy[:1, :2], reference[:1, :2], 0.5), math.log(1 + math.exp(-1)), 1e-6)  # k = 1: DPO
         extreme = torch.tensor([[-1e4, 0.0, 0.0]], requires_grad=True)
@@ -1975,8 +1975,8 @@ def benchmark_trl():
             float(stats["loss"])  # a GPU is waited for
             rates.append(size * moments / (time.perf_counter() - began))
         ours, some = np.median(rates[1:]), random.Random(0).sample(sum(shots, []), 4 * size)
-        rows = [{"prompt": data.prompt(e.history), "chosen": data.response(e.positive), "rejected": data.response(n)}
-                for e in some for n in e.negatives]
+        rows = [{"prompt": data.prompt(e.history, dataset.heading), "chosen": data.response(e.positive),
+                 "rejected": data.response(n)} for e in some for n in e.negatives]
         ends = []  # of TRL's steps, of four pairs an example
         clock = type("Clock", (transformers.TrainerCallback,),
                      {"on_step_end": lambda *_, **__: ends.append(time.perf_counter())})

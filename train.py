@@ -93,8 +93,10 @@ def train(model, tokenizer, dataset, settings, folder):
             line = {"step": step, **update(model, optimizer, lr, shots, reference, picked, settings)}
             lines.append(line)
             if (step + 1) % steps == 0:  # an epoch ends
-                loss = np.mean([one["loss"] for one in lines[-steps:]])
-                told = f"{folder.name} epoch {epoch}/{epochs}: loss {loss:.3f}"
+                losses = [one["loss"] for one in lines[-steps:]]
+                told = f"{folder.name} epoch {epoch}/{epochs}: loss {np.mean(losses):.3f}"
+                if len(losses) < steps:
+                    told += f" (of its last {len(losses)} steps, since it went on)"
                 if validation:
                     rank = evaluation.ranks(evaluation.score(model, validation, desc="validation"))
                     line["validation_ndcg@10"] = evaluation.measure(rank, 20)["NDCG@10"].mean()
