@@ -212,16 +212,16 @@ class SASRec(nn.Module):
         return self.blocks(x, mask=causal, is_causal=True) @ self.embed.weight[:-1].T
 
 
-def fit_sasrec(sequences, n_items, epochs=120):
+def fit_sasrec(sequences, n_items, epochs=120, seed=0):
     """SASRec trained for `epochs` passes: a step draws up to 128 sequences anew, and of each a random window of up
     to 51 items.
 
     It never reads more of a history than it was trained on: further places would have no meaning yet.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     longest = max(map(len, sequences), default=2)
-    rng, model = random.Random(0), SASRec(n_items, min(50, longest - 1))
+    rng, model = random.Random(seed), SASRec(n_items, min(50, longest - 1))
     steps = epochs * -(-len(sequences) // 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
