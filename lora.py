@@ -160,8 +160,8 @@ def main():
                 shutil.copy(base / name, out / name)
         config = llama.read_json(base / "config.json") | {"dtype": "float32"}
         config.pop("torch_dtype", None)  # dtype's old name
-        (out / "config.json").write_text(json.dumps(config, indent=2))
         save_file(merged.state_dict(), out / "model.safetensors.part", metadata={"format": "pt"})
+        (out / "config.json").write_text(json.dumps(config, indent=2))
         os.replace(out / "model.safetensors.part", out / "model.safetensors")
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")

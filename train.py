@@ -110,7 +110,7 @@ def train(model, tokenizer, dataset, settings, folder):
                 save_checkpoint(checkpoint, model, optimizer, settings, step + 1)
                 saved = time.perf_counter()
     if main_process:
-        evaluation.write_json(folder / "args.json", settings)
+        lora.write_file(folder / "args.json", json.dumps(settings, indent=2).encode())
         lora.save(model, folder, settings["model"])  # from here on the stage is done
         checkpoint.unlink(missing_ok=True)
     evaluation.barrier(model.head.device)  # the others wait for the files
@@ -336,8 +336,6 @@ def main():
         init = args.init if stage == args.stage else "base"
         folder = Path(args.out) / ("sft" if stage == "sft" else args.loss)
         settings = {**stage_settings(args, stage), "init": Path(init).name, "dtype": dtype}
-        if init not in ("base", "sft") and folder.resolve() == Path(init).resolve():
-            raise ValueError(f"--init {init}: what it becomes would be saved there, too: choose another --out")
         if init == "base":
             torch.manual_seed(args.seed)
             lora.attach(model, args.rank, 2 * args.rank)
