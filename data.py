@@ -234,7 +234,7 @@ def interactions(dataset):
         users.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
     for example in dataset.given["test"]:
         users.setdefault(example.user, {}).update(dict.fromkeys(example.history))
-    for example in dataset.given["validation"]:
+    for example in dataset.given["validation"]:  # what it asks for may stand in a test history
         users.get(example.user, {}).pop(example.positive, None)
     return [list(items) for items in users.values() if items]
 

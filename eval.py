@@ -626,7 +626,7 @@ def run(main):
     except (ValueError, OSError, MemoryError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())[:500]}")
     except RuntimeError as error:
-        if "to allocate" not in str(error):  # a mistake of ours
+        if "to allocate" not in str(error):  # which both allocators, CPU's and GPU's, say; else a mistake of ours
             raise
         sys.exit(f"error: out of memory; train.py has --checkpoint-activations ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:

@@ -665,9 +665,9 @@ def test_your_own_examples_bring_their_negatives_and_splits():
     rows = ('["A"], "positive": "B"', '["A", "B"], "positive": "C"', '["A", "C"], "positive": "D", "split": "test"')
     dataset = read_text("".join('{"user": "u", "history": %s}\n' % row for row in rows), "own.jsonl")
     assert data.interactions(dataset) == [["A", "B", "C"]]  # what a user's examples repeat counts once
-    rows = (("A", "B", "validation"), ('A", "B", "C', "D", "test"), ("E", "F", "test"))  # rolling: A, then B, C, D
-    dataset = read_text("".join('{"user": "u", "history": ["%s"], "positive": "%s", "split": "%s"}\n' % row
-                                for row in rows), "own.jsonl")
+    rows = ((["A"], "B", "validation"), (["A", "B", "C"], "D", "test"), (["E"], "F", "test"))
+    rows = [dict(user="u", history=history, positive=positive, split=split) for history, positive, split in rows]
+    dataset = read_text("".join(json.dumps(row) + "\n" for row in rows), "own.jsonl")
     assert data.interactions(dataset) == [["A", "C", "E"]]  # neither what validation asks for, nor what the test does
     dataset = read_text('{"history": ["A", "B", "A"], "positive": "C"}', "own.jsonl")
     assert dataset.given["test"][0].history == ["A", "B"]  # of a title that comes twice the first counts
