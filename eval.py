@@ -215,7 +215,7 @@ def fit_sasrec(sequences, n_items, epochs=120, seed=0):
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
     longest = max([len(sequence) for sequence in sequences], default=2)
     model = SASRec(n_items, min(50, longest - 1))
-    steps = epochs * math.ceil(len(sequences) / 128)
+    steps = min(epochs * math.ceil(len(sequences) / 128), 4000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
     for _ in tqdm(range(steps), desc="sasrec", disable=None, leave=False):

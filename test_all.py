@@ -1,7 +1,8 @@
-"""What must stay true, in the order of the files. `python test_all.py` or pytest; no network, small random models.
+"""What must stay true, in the order of the files. `python test_all.py` or pytest; no network, small
+random models.
 
-Checks against transformers, peft and trl are skipped where those are not installed, those of the real model and data
-where they are not in the cache (train.py puts them there).
+Checks against transformers, peft and trl are skipped where those are not installed, those of the
+real model and data where they are not in the cache (train.py puts them there).
 """
 
 import contextlib
@@ -67,13 +68,15 @@ def need_model():
 
 def tiny(**changes):
     """A small random LLaMA in float32, its norms and embeddings no special case."""
-    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
-                  max_position_embeddings=1024, tie_word_embeddings=True)
+    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+                  rope_theta=10000.0, rope_scaling=None, max_position_embeddings=1024,
+                  tie_word_embeddings=True)
     model = llama.Llama(llama.Config(**{**config, **changes}))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1)
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.data += parameter.ndim == 1
     return model.eval()
 
 
@@ -95,21 +98,26 @@ def byte_tokenizer():
 
 
 def sentencepiece_tokenizer():
-    """In the manner of Llama 2: a space before the text becomes part of the first token, digits stand alone."""
+    """In the manner of Llama 2: a space before the text becomes part of the first token, digits
+    stand alone."""
     words = ["<unk>", "▁", "▁M", "ovies", "▁Alien", "▁Aliens", "1", "2", "3", ".", "\n", "▁Heat"]
     words += [c for c in map(chr, range(33, 127)) if c not in words]
-    tokenizer = Tokenizer(models.Unigram([(word, -float(i) / 10 - 1) for i, word in enumerate(words)], 0, False))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    scores = [(word, -float(i) / 10 - 1) for i, word in enumerate(words)]
+    tokenizer = Tokenizer(models.Unigram(scores, 0, False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return tokenizer
 
 
 def write_folder(model, folder, **changes):
-    """Write a tiny model as a Hugging Face folder with the byte tokenizer; `changes` go into config.json."""
+    """Write a tiny model as a Hugging Face folder with the byte tokenizer; `changes` go into
+    config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in vars(model.config).items() if key != "rope_scaling"}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config, **changes}))
-    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
@@ -137,19 +145,21 @@ def toy_world():
             os.chdir(before)
 
 
-TOY = ("--model", "base", "--data", "toy.csv", "--dtype", "float32", "--device", "cpu", "--shots", 24,
-       "--batch-size", 8)
+TOY = ("--model", "base", "--data", "toy.csv", "--dtype", "float32", "--device", "cpu",
+       "--shots", 24, "--batch-size", 8)
 
 
 def random_examples(rng, count, shared=False, vocab=300):
-    """[(prompt, 3 responses)] of unequal lengths; with `shared` 6, some beginning alike, and one extending another."""
+    """[(prompt, 3 responses)] of unequal lengths; with `shared` 6, some beginning alike, and one
+    extending another."""
     def ids(low, high):
         return [rng.randrange(vocab) for _ in range(rng.randint(low, high))]
     result = []
     for _ in range(count):
         responses = [ids(1, 6) for _ in range(3)]
         if shared:
-            responses += [responses[0] + ids(1, 3), responses[0][:1] + ids(1, 4), list(responses[1])]
+            longer, other = responses[0] + ids(1, 3), responses[0][:1] + ids(1, 4)
+            responses += [longer, other, list(responses[1])]
         result.append((ids(1, 12), responses))
     return result
 
@@ -174,14 +184,15 @@ def one_by_one(model, examples):
 
 def close(a, b, tolerance):
     """Two tensors, arrays, lists or numbers of one shape differ nowhere by more."""
-    a, b = (x.detach().double() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     worst = (a - b).abs().max().item()
     assert worst <= tolerance, f"differ by {worst}"
 
 
 def refused(function, *words):
-    """The function must raise InputError or OSError with a message of one line that has the words."""
+    """The function must raise InputError or OSError with a message of one line that has the
+    words."""
     try:
         function()
     except (llama.InputError, OSError) as error:
@@ -2325,10 +2336,12 @@ def benchmark_explanations():
 
 
 def main():
-    """Run every test function of this file whose name contains one of the arguments (all, without arguments)."""
+    """Run every test function of this file whose name contains one of the arguments (all, without
+    arguments)."""
     tests = [(name, test) for name, test in globals().items() if inspect.isfunction(test)
              and name.startswith(("test_", "benchmark_") if sys.argv[1:] else "test_")]
-    chosen = [(name, test) for name, test in tests if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
+    parts = sys.argv[1:] or [""]
+    chosen = [(name, test) for name, test in tests if any(part in name for part in parts)]
     counts, sys.argv = {"passed": 0, "failed": 0, "skipped": 0}, sys.argv[:1]
     for name, test in chosen:
         began, note = time.perf_counter(), ""
@@ -2341,8 +2354,8 @@ def main():
             import traceback
             outcome, note = "failed", "\n" + traceback.format_exc()
         counts[outcome] += 1
-        property_shown = name.removeprefix("test_").replace("_", " ")
-        print(f"{outcome:7} {time.perf_counter() - began:5.1f} s  {property_shown}{note}", flush=True)
+        shown, seconds = name.removeprefix("test_").replace("_", " "), time.perf_counter() - began
+        print(f"{outcome:7} {seconds:5.1f} s  {shown}{note}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return counts["failed"] > 0 or not chosen
 
