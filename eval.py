@@ -208,8 +208,9 @@ class SASRec(nn.Module):
 
 
 def fit_sasrec(sequences, n_items, epochs=120, seed=0):
-    """SASRec trained for `epochs` passes: a step draws up to 128 sequences anew, and of each a
-    random window of up to 51 items. It never reads more of a history than it was trained on."""
+    """SASRec trained for `epochs` passes, of at most 4,000 steps in all: a step draws up to 128
+    sequences anew, and of each a random window of up to 51 items. It never reads more of a history
+    than it was trained on."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     sequences = [sequence for sequence in sequences if len(sequence) > 1]
