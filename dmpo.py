@@ -114,9 +114,13 @@ def tree(examples):
     edges = {}  # (node, token): number
     paths = []
     for prompt, responses in examples:
+
+        # The trunk: the prompt's tokens, as far as it goes together with those before it.
         end = -1
         for token in prompt:
             end = nodes.setdefault((end, token), len(nodes))
+
+        # Its branches: the last token of each is predicted, but is no node.
         paths.append([])
         for response in responses:
             node, path = end, []

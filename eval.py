@@ -262,6 +262,7 @@ def rank_by(fit, dataset, examples, sequences):
     def numbers(titles):
         return [index[title] for title in titles]
 
+    # Among a user's own candidates: those ahead, and a draw among those that tie.
     score_items = fit([numbers(sequence) for sequence in sequences], len(index))
     ranks, rng = [], np.random.default_rng(0)
     for example in examples:
@@ -352,13 +353,12 @@ def without_seed(saved):
     return {key: value for key, value in saved.items() if key not in apart}
 
 
-def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0,
-             prompt="history", baselines=False):
-    """Rank the examples' positives with the base model and each of [(name, folder, settings), ..]
-    -> a report that JSON can hold. Examples without negatives are ranked among all that their users
-    have not touched. InputError where two adapters have the same settings and seed.
+def share_rows(dataset, adapters):
+    """({a row's key: its [(name, folder, settings), ..]}, {an adapter's sha256: its row's key},
+    {(shots, seed, moments, latest) that adapters of this data set were shown}).
+
+    Adapters that differ in the seed alone share a row; InputError where not even that differs.
     """
-    # Adapters that differ in the seed alone share a row: {its key: its adapters}.
     rows, starts, shown = {"base": [("base", None, {})]}, {}, set()
     for name, folder, saved in adapters:
         key = json.dumps(without_seed(saved)) if "seed" in saved else name
@@ -369,6 +369,16 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
         starts[data.file_sha256(folder / "adapter_model.safetensors")] = key
         if "seed" in saved and saved.get("data_identity") == data.identity(dataset.name):
             shown.add((saved["shots"], saved["seed"], saved["moments"], saved["latest"]))
+    return rows, starts, shown
+
+
+def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0,
+             prompt="history", baselines=False):
+    """Rank the examples' positives with the base model and each of [(name, folder, settings), ..]
+    -> a report that JSON can hold. Examples without negatives are ranked among all that their users
+    have not touched. InputError where two adapters have the same settings and seed.
+    """
+    rows, starts, shown = share_rows(dataset, adapters)
 
     # Everybody's ranks, {name of a row: [(users,), ..]}, and the row that each is compared with:
     # that of the adapter which its training started from.
@@ -451,6 +461,7 @@ def recommend(model, tokenizer, dataset, adapters, history, positive, top):
 
     adapters: [(name, folder or None, ..), ..], whose ranks for these titles are told, too.
     """
+    # Every model's scores of every title that is left.
     titles = [item for item in dataset.items if item not in set(history)]
     asked = [data.Example("", history, titles[0], titles[1:])]
     (prompt, responses), = data.encode(tokenizer, asked, dataset, model.config)
@@ -513,6 +524,7 @@ def print_person(report):
     others = [other for other in rows[0]["rank"] if other != name]
     if report["held_out"] and not any(row["held_out"] for row in rows):
         rows.append(report["held_out"])
+    # The prompt's titles; then a line a title, with its strongest reasons if they were asked for.
     print("The history, oldest first:")
     for title in report["history"][-report["latest"]:]:
         print(f"  {title}")
@@ -568,6 +580,7 @@ def parse():
         help="and what each history item does for each title, and how the other models rank it")
     add("--json", metavar="FILE", help="also write the answer as JSON, with every user's ranks")
 
+    # What cannot be, and what would do nothing, is refused.
     args = parser.parse_args()
     args.person = args.user is not None or args.history is not None
     llama.refuse_idle(parser, [

@@ -402,6 +402,7 @@ def choose_device(name, dtype):
     A process that torchrun started joins the others here; only the first goes on printing to
     stdout.
     """
+    # A GPU of its own for each process.
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here")
     device = torch.device("cpu")
@@ -418,6 +419,8 @@ def choose_device(name, dtype):
         if dtype not in ("float32", "bfloat16"):  # it may come from an adapter's args.json
             raise InputError(f"dtype {dtype!r} is neither float32 nor bfloat16")
         return device, getattr(torch, dtype)
+
+    # Not by a stopwatch, which other work on the machine would sway.
     units = torch.cpu.get_capabilities()
     fast = units.get("amx_bf16") or units.get("avx512_bf16")
     if device.type == "cuda":
@@ -439,9 +442,10 @@ def keep_freed_memory():
 def run(main):
     """Call a script's main. Bad input and Ctrl-C end it with one line and a status that is not 0; a
     mistake in the code shows its traceback."""
+    # A long run should lack neither speed nor, at its end, a character.
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that lacks "±" must not cost the result
+        stream.reconfigure(errors="replace")  # such as "±"
     try:
         main()
         sys.stdout.flush()
