@@ -203,12 +203,15 @@ def pack(trees, device="cpu"):
 def log_normalizer(hidden, head):
     """log Σ_v exp(h · w_v) for hidden (P, D) and the vocabulary's head (V, D) -> (P,) float32.
 
-    In pieces that are computed again for their gradients: never are more than 256 V logits kept.
+    In pieces of 128 rows that are computed again for their gradients, so that never more than 128 V
+    logits are kept; the last is padded, as every new shape costs time and memory (see `padded`).
     """
     def piece(h):
         return (h @ head.T).float().logsumexp(-1)
 
-    return torch.cat([checkpoint(piece, h, use_reentrant=False) for h in hidden.split(256)])
+    whole = F.pad(hidden, (0, 0, 0, -len(hidden) % 128))  # (P rounded up, D)
+    pieces = [checkpoint(piece, h, use_reentrant=False) for h in whole.split(128)]
+    return torch.cat(pieces)[:len(hidden)]
 
 
 def response_logps(model, batch):
