@@ -123,29 +123,30 @@ def response_ids(tokenizer, item):
     return ids[len(stub):]
 
 
-def tokenize(tokenizer, example, heading, shuffle_seed=None):
+def tokenize(tokenizer, example, heading, prompt="history", seed=0):
     """Token ids of an example's prompt, and of each response, the positive's first.
 
-    With a `shuffle_seed`, the prompt lists the candidates, shuffled.
+    prompt: "candidates" has it list those before the history, shuffled by the seed.
     """
     candidates = [example.positive, *example.negatives]
     responses = [response_ids(tokenizer, item) for item in candidates]
     listed = []
-    if shuffle_seed is not None:
+    if prompt == "candidates":
         listed = list(candidates)
-        random.Random(f"{shuffle_seed} choices {example.user} {example.history}").shuffle(listed)
+        random.Random(f"{seed} choices {example.user} {example.history}").shuffle(listed)
     return token_ids(tokenizer, prompt_text(example.history, heading, listed)), responses
 
 
-def encode(tokenizer, examples, dataset, config, shuffle_seed=None):
-    """Examples, their histories cut to `dataset.latest`, as [(prompt ids, [response ids, ..]), ..].
+def encode(tokenizer, examples, dataset, config, prompt="history", seed=0):
+    """Examples, their histories cut to `dataset.latest`, as [(prompt ids, [response ids, ..]), ..];
+    prompt, seed: see `tokenize`.
 
     InputError where one is too long for the model's Config, or has a token that the model lacks.
     """
     encoded = []
     for example in examples:
         example = replace(example, history=example.history[-dataset.latest:])
-        ids, responses = tokenize(tokenizer, example, dataset.heading, shuffle_seed)
+        ids, responses = tokenize(tokenizer, example, dataset.heading, prompt, seed)
 
         # The model must have a place for every token, and know it.
         longest = len(ids) + max(len(response) for response in responses)
@@ -181,8 +182,8 @@ def load_tokenizer(folder):
 
 
 def sample_negatives(pool, touched, count, seed, purpose, user):
-    """`count` titles drawn from the list `pool`, none twice and none in the set `touched`; fewer,
-    or none, where there are not so many."""
+    """`count` titles drawn from the list `pool`, which may hold one many times, none twice and none
+    in the set `touched`; fewer, or none, where there are not so many."""
     negatives = []
     if count > len(pool) - len(touched) and count > len(set(pool) - touched):
         return negatives
@@ -221,20 +222,19 @@ def heldout(dataset, split, candidates=None, seed=0, users=None):
         rng = random.Random(f"{seed} users")
         asked = [asked[i] for i in sorted(rng.sample(range(len(asked)), users))]
     given = [bool(example.negatives) for example in asked]
-    if not all(given) and (candidates == "given" or candidates is None and any(given)):
+    use_given = candidates == "given" or candidates is None and any(given)
+    if use_given and not all(given):
         raise InputError(f"{dataset.name}: brings no candidates of its own for every {split} "
                          "example (--candidates N draws some)")
 
     # The negatives beside each positive.
-    if candidates is None:
-        count = 19
-    elif candidates in ("given", "all"):
-        count = 0
+    if use_given or candidates == "all":
+        count = 0  # to draw
     else:
-        count = candidates - 1
+        count = (candidates or 20) - 1
     examples, left_out = [], []
     for example in asked:
-        if candidates not in (None, "given") or not example.negatives:
+        if not use_given:
             touched = set(dataset.sequences[example.user])
             drawn = sample_negatives(dataset.items, touched, count, seed, split, example.user)
             example = replace(example, negatives=drawn)
@@ -270,8 +270,9 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
     training examples: one shot for each, in random order. A smaller count is the beginning of a
     larger one. Moments are at most `moments`, and at most dataset.latest.
 
-    Negatives are titles that the user touched neither in training nor held out. `sample`: see
-    train.py's --sample; "hard" draws HARD times as many. Users who leave too few are left out and
+    Negatives are titles that the user touched neither in training nor held out: nobody's own
+    held-out item is ever pushed down. `sample`: see train.py's --sample; "hard" draws HARD times as
+    many, for train.prepare to choose from. Users who leave too few are left out and
     named. InputError if fewer than `count` shots remain.
     """
     moments = min(moments, dataset.latest)
@@ -350,8 +351,9 @@ def last_moments(dataset, seed, step):
 
 
 def interactions(dataset):
-    """Each user's titles before the validation item, oldest first: what any method may learn
-    from."""
+    """Each user's titles before the validation item, oldest first: what any method may learn from.
+    Of data with examples of their own: all that stands in them but what validation and test ask
+    for."""
     if "train" not in dataset.examples:
         return [items[:-2] for items in dataset.sequences.values() if len(items) > 2]
     users, asked = {}, set()  # the data may bring several examples of a user
@@ -622,7 +624,7 @@ def load_examples(path):
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    row = json.loads(line, object_pairs_hook=unlike_keys)
+                    row = json.loads(line, object_pairs_hook=unique_keys)
                     rows.append(read_example(row, number))
             except (InputError, ValueError, RecursionError) as error:  # no UTF-8, or no JSON
                 raise InputError(f"{path}: line {number}: {error}") from None
@@ -641,7 +643,7 @@ def load_examples(path):
     return from_examples(examples)
 
 
-def unlike_keys(pairs):
+def unique_keys(pairs):
     """A JSON object's pairs as a dict; InputError if a key comes twice."""
     if len(dict(pairs)) < len(pairs):
         raise InputError("a key stands twice")
@@ -845,8 +847,8 @@ def open_all(args):
     return dataset, llama.load(folder, device, dtype), load_tokenizer(folder)
 
 
-# Appendix: GGUF, llama.cpp's format, which the default model comes in. Nothing of it is needed for
-# DMPO.
+# Appendix: GGUF, llama.cpp's format, which the default model comes in: nothing here is about the
+# method.
 
 # Blocks of 32 weights, in 8 bits each and in 4; of the latter the first 16 are in the low halves of
 # bytes.

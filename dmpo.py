@@ -26,7 +26,7 @@ from tqdm import tqdm
 import model as llama
 from model import InputError
 
-NODES = {"cpu": 1024, "cuda": 16384}  # at most, in one pass, as activations must fit into memory
+NODES = {"cpu": 1024, "cuda": 16384}  # nodes in one pass, to fit into memory
 
 
 # The losses. policy, reference (N, 1+k): log π of N examples' 1+k responses under the model in
@@ -66,7 +66,7 @@ def sdpo_loss(policy, reference, beta):
 LOSSES = {"dmpo": dmpo_loss, "dpo": dmpo_loss, "sdpo": sdpo_loss}  # DPO is DMPO with one negative
 
 
-# log π(response | prompt), by its definition
+# log π(response | prompt), by its definition, which the tests compare the tree with
 
 
 def response_logp(model, prompt, response):
@@ -80,13 +80,12 @@ def response_logp(model, prompt, response):
     return total
 
 
-# The same for all prompts and responses of a shot in one pass: the token tree, a twelfth of the
-# tokens
+# The same for all prompts and responses of a shot in one pass: the token tree
 
 
 @dataclass
 class Tree:
-    """Examples with their equal beginnings merged, of T nodes and E edges (see `tree`)."""
+    """Examples with their equal beginnings merged, of T nodes and E edges (see `build_tree`)."""
     ids: np.ndarray      # (T,) the nodes' tokens
     parents: np.ndarray  # (T,) the node before each, -1 before the first
     sources: np.ndarray  # (E,) the node that an edge starts from, which predicts
@@ -94,7 +93,7 @@ class Tree:
     paths: list          # paths[example][response]: the numbers of a response's edges
 
 
-def tree(examples):
+def build_tree(examples):
     """Merge equal beginnings of examples (prompt ids, [response ids, ..]) -> Tree.
 
     A node stands for a token and all before it. An edge leads from a node to a response's token;
@@ -102,7 +101,7 @@ def tree(examples):
     Examples of one shot share most: each prompt goes on where the one before it was answered by its
     positive.
 
-    >>> found = tree([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])       # the prompt's nodes are 0 and 1
+    >>> found = build_tree([([7, 8], [[1, 2, 3], [1, 2, 4], [5]])])  # nodes 0 and 1: the prompt
     >>> found.ids.tolist(), found.parents.tolist()
     ([7, 8, 1, 2], [-1, 0, 1, 2])
     >>> list(zip(found.sources.tolist(), found.targets.tolist()))
@@ -110,12 +109,13 @@ def tree(examples):
     >>> found.paths
     [[[0, 1, 2], [0, 1, 3], [4]]]
     """
+    # Numbered as they come, so a node's parent stands before it.
     nodes = {}  # (parent, token): node
     edges = {}  # (node, token): number
     paths = []
     for prompt, responses in examples:
 
-        # The trunk: the prompt's tokens, as far as it goes together with those before it.
+        # The trunk: the prompt's tokens, those that an earlier example put there included.
         end = -1
         for token in prompt:
             end = nodes.setdefault((end, token), len(nodes))
@@ -140,7 +140,7 @@ def padded(nodes):
     return math.ceil(nodes / 16) * 16
 
 
-def group(trees, budget):
+def group_trees(trees, budget):
     """Split the indices of trees into groups of like size that, padded, hold at most `budget`
     nodes; a larger tree gets a group of its own."""
     sizes = [padded(len(tree.ids)) for tree in trees]
@@ -236,7 +236,7 @@ def response_logps(model, batch):
 
 
 @torch.no_grad()
-def log_probabilities(model, trees, desc=""):
+def tree_logps(model, trees, desc=""):
     """log π of every response of trees -> (examples, R) float64 tensor, in order; -inf where an
     example has fewer than R. InputError if one is not finite. Each process computes a part."""
     device, (me, processes) = model.head.device, llama.world()
@@ -245,10 +245,10 @@ def log_probabilities(model, trees, desc=""):
     for tree in trees:
         counts += [len(responses) for responses in tree.paths]
     logps = torch.zeros(len(counts), max(counts), dtype=torch.float64, device=device)
-    groups = group(trees, NODES[device.type])[me::processes]
-    for some in tqdm(groups, desc, leave=False, disable=me > 0 or None):
-        found = response_logps(model, pack([trees[i] for i in some], device))  # (N, R)
-        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in some])
+    groups = group_trees(trees, NODES[device.type])[me::processes]
+    for picked in tqdm(groups, desc, leave=False, disable=me > 0 or None):
+        found = response_logps(model, pack([trees[i] for i in picked], device))  # (N, R)
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in picked])
         logps[rows, :found.shape[1]] = found.double()
     if not llama.all_reduce(logps).isfinite().all():
         raise InputError(f"{desc or 'the model'}: log-probabilities are not finite: broken weights")
@@ -259,7 +259,7 @@ def log_probabilities(model, trees, desc=""):
 def score(model, encoded, desc=""):
     """The scores of examples (prompt ids, [response ids, ..]), a tree for each -> (users,
     candidates) array, the positives in column 0."""
-    return log_probabilities(model, [tree([example]) for example in encoded], desc).cpu().numpy()
+    return tree_logps(model, [build_tree([example]) for example in encoded], desc).cpu().numpy()
 
 
 def ranks(scores):

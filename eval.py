@@ -56,8 +56,8 @@ def interval(values):
     """95 % bootstrap interval of the mean of values (users,): users are drawn again with
     replacement."""
     rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(2000)]
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+    drawn = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(2000)]
+    return [float(bound) for bound in np.percentile(drawn, [2.5, 97.5])]
 
 
 def means(values):
@@ -114,9 +114,9 @@ def catalogue_scores(model, prompt, responses, desc="", titles=128):
     parts = [order[start:start + titles] for start in range(0, len(order), titles)]
     trees = []
     for part in parts:
-        trees.append(dmpo.tree([(prompt, [responses[i] for i in part])]))
+        trees.append(dmpo.build_tree([(prompt, [responses[i] for i in part])]))
     scores = np.empty(len(responses))
-    for part, row in zip(parts, dmpo.log_probabilities(model, trees, desc).cpu().numpy()):
+    for part, row in zip(parts, dmpo.tree_logps(model, trees, desc).cpu().numpy()):
         scores[part] = row[:len(part)]
     return scores
 
@@ -127,13 +127,13 @@ def catalogue_ranks(model, tokenizer, dataset, examples, desc=""):
     index = {item: i for i, item in enumerate(dataset.items)}
     responses = [data.response_ids(tokenizer, item) for item in dataset.items]
     longest = dataset.items[np.argmax([len(response) for response in responses])]
-    asked = [replace(example, negatives=[longest]) for example in examples]  # it must fit, too
+    asked = [replace(example, negatives=[longest]) for example in examples]  # must fit the model
     encoded = data.encode(tokenizer, asked, dataset, model.config)
     ranks = []
     for example, (prompt, _) in zip(tqdm(examples, desc, leave=False, disable=None), encoded):
         scores = catalogue_scores(model, prompt, responses)
         positive = scores[index[example.positive]]
-        scores[[index[item] for item in dataset.sequences[example.user]]] = -np.inf
+        scores[[index[item] for item in dataset.sequences[example.user]]] = -np.inf  # itself, too
         ranks.append(1 + (scores >= positive).sum())
     return np.array(ranks)
 
@@ -275,7 +275,7 @@ def rank_by(fit, dataset, examples, sequences):
 
 
 def rank_baselines(dataset, examples, shown):
-    """Every traditional method, fitted to the very shots that adapters were shown, [(count, seed,
+    """Every traditional method, fitted to the shots that adapters were shown, [(count, seed,
     moments, latest), ..] (one averaged row per count), and to all that users did before validation
     -> {name: [ranks (users,), ..]}."""
     ranked, everything = {}, data.interactions(dataset)
@@ -315,7 +315,8 @@ def find_adapters(paths):
 
 
 def read_settings(folder):
-    """What an adapter's args.json says, or of PEFT's, which has none, the model's name."""
+    """What an adapter's args.json says; PEFT's adapters have none: only the model's name, and no
+    seed."""
     base = llama.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     saved = {"model": base or "smollm2-135m"}
     if (folder / "args.json").exists():
@@ -323,8 +324,10 @@ def read_settings(folder):
     numbers = {"seed", "shots", "moments", "latest"}
     texts = {"data", "model", "prompt", "heading", "dtype"}
     for key, value in saved.items():
-        fits = key not in texts and "identity" not in key or type(value) is str
-        if key in numbers:
+        fits = True
+        if key in texts or "identity" in key:
+            fits = type(value) is str
+        elif key in numbers:
             fits = type(value) is int and value >= (0 if key == "seed" else 1)
         if not fits:
             raise InputError(f"{folder / 'args.json'}: {key} cannot be {value!r}")
@@ -380,24 +383,24 @@ def evaluate(model, tokenizer, dataset, adapters, examples, split="test", seed=0
     rows, starts, shown = share_rows(dataset, adapters)
 
     # Everybody's ranks, {name of a row: [(users,), ..]}, and the row that each is compared with:
-    # that of the adapter which its training started from.
-    shuffle_seed = seed if prompt == "candidates" else None
-    encoded = data.encode(tokenizer, examples, dataset, model.config, shuffle_seed)
+    # that of the adapter which its training started from, or base if that is not in the table.
+    encoded = data.encode(tokenizer, examples, dataset, model.config, prompt, seed)
     whole = not examples[0].negatives
     labels = {key: label(row[0][0], len(row)) for key, row in rows.items()}
     ranked, compared = {}, {}
     for key, row in rows.items():
-        for name, folder, saved in row:
+        for name, folder, _ in row:
             lora.load(model, folder)
             if whole:
                 ranks = catalogue_ranks(model, tokenizer, dataset, examples, name)
             else:
                 ranks = dmpo.ranks(dmpo.score(model, encoded, name))
             ranked.setdefault(labels[key], []).append(ranks)
+        _, folder, saved = row[-1]
         if folder:
             compared[labels[key]] = labels[starts.get(saved.get("init_identity"), "base")]
     if baselines:
-        last = labels[key]
+        last = list(labels.values())[-1]
         for name, runs in rank_baselines(dataset, examples, sorted(shown)).items():
             ranked[label(name, len(runs))] = runs
             compared[label(name, len(runs))] = last
@@ -446,7 +449,7 @@ def find_person(dataset, user, typed):
                          f"{', '.join(list(dataset.sequences)[:3])}, ..)")
     else:
         *history, positive = dataset.sequences[user]
-        for split in ("train", "validation", "test"):  # examples, in any order: the user's latest
+        for split in ("train", "validation", "test"):  # the data's own examples: the last counts
             for example in dataset.examples.get(split, []):
                 if example.user == user:
                     history, positive = example.history, example.positive
@@ -616,7 +619,7 @@ def main():
         same = [adapter for adapter in adapters if adapter[2].get("data_identity") == here]
         dataset = replace(dataset, heading=inherit(same, "heading", dataset.heading))
 
-    # Adapters that nobody named are not meant for another model, which may hold them, merged.
+    # Adapters found without being named must be of this model (another may hold them, merged).
     if not args.adapters:
         mine = llama.identity(model)
         adapters = [adapter for adapter in adapters if adapter[2].get("model_identity") == mine]

@@ -56,7 +56,7 @@ def attach(model, rank=8, alpha=16, targets=TARGETS):
     """Freeze the model, drop any adapter it has, and put a fresh one on every nn.Linear whose own
     name, without its parents', is in `targets`; returns the model. InputError if there is no such
     layer."""
-    detach(model).requires_grad_(False)
+    remove(model).requires_grad_(False)
     found = set()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -69,7 +69,7 @@ def attach(model, rank=8, alpha=16, targets=TARGETS):
     return model
 
 
-def detach(model):
+def remove(model):
     """Put every LoRALinear's nn.Linear back into its place; returns the model."""
     for name, module in adapters(model).items():
         parent, _, child = name.rpartition(".")
@@ -83,7 +83,7 @@ def merge(model):
     for module in adapters(model).values():
         change = module.scale * module.lora_B @ module.lora_A  # (out, in)
         module.linear.weight += change  # added in float32, then rounded to W's type
-    return detach(model)
+    return remove(model)
 
 
 # Files
@@ -136,7 +136,7 @@ def load(model, folder):
     does not fit, or was saved by `save` for a model of other weights.
     """
     if folder is None:
-        return detach(model)
+        return remove(model)
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     config = llama.read_json(path)
     saved, about = llama.read_tensors(weights)

@@ -4,7 +4,7 @@ Notable:
 - `forward` takes explicit positions and an explicit mask: all that a tree of tokens needs
   (dmpo.py).
 - It returns hidden states: logits are needed only where a response token is predicted (dmpo.py).
-- Parameter names are Hugging Face's, so `load_state_dict(strict=True)` is the whole loader.
+- Parameter names are Hugging Face's, so `load_state_dict(strict=True)` translates nothing.
 - Mistral and Qwen2 are LLaMAs, too, but for a window on attention and a bias on q, k and v.
 - Shapes: B rows, T tokens, D model width, V vocabulary, H query heads, G key/value heads (each
   serves H/G query heads), d width of a head.
@@ -40,7 +40,7 @@ class Config:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict | None  # Llama 3.1's four numbers, or None
-    max_position_embeddings: int  # the longest prompt; of a sliding window, its width
+    max_position_embeddings: int  # the longest text; of a sliding window, its width
     tie_word_embeddings: bool
     qkv_bias: bool = False  # Qwen2's
 
@@ -118,8 +118,7 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, d)
         k = rotate(k, cos, sin).transpose(1, 2)  # (B, G, T, d)
 
-        # Attention's weights grow with the square of a tree: large ones are computed again for
-        # backward.
+        # Scores (B, H, T, T) grow with the square of T: large ones are computed again for backward.
         if T > 512 and torch.is_grad_enabled():
             mixed = checkpoint(attend, q, k, v, bias, use_reentrant=False)  # (B, H, T, d)
         else:
@@ -396,19 +395,17 @@ def barrier(device):
 
 
 def choose_device(name, dtype):
-    """--device and --dtype to torch's: "auto" takes a GPU if there is one, bfloat16 if its units
-    do.
+    """--device and --dtype -> (torch.device, torch.dtype): "auto" takes a GPU if there is one, and
+    bfloat16 where the processor has units for it.
 
     A process that torchrun started joins the others here; only the first goes on printing to
     stdout.
     """
-    # A GPU of its own for each process.
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here")
     device = torch.device("cpu")
     if name != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -420,7 +417,7 @@ def choose_device(name, dtype):
             raise InputError(f"dtype {dtype!r} is neither float32 nor bfloat16")
         return device, getattr(torch, dtype)
 
-    # Not by a stopwatch, which other work on the machine would sway.
+    # What units there are, and not what is faster in a trial: other work would sway that.
     units = torch.cpu.get_capabilities()
     fast = units.get("amx_bf16") or units.get("avx512_bf16")
     if device.type == "cuda":
@@ -433,7 +430,7 @@ def keep_freed_memory():
     and are cleared anew for the next one, which costs a fifth of the time on a CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
+    except (OSError, AttributeError):  # another C library
         return
     mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; older ones take 32 MiB
     mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -442,10 +439,10 @@ def keep_freed_memory():
 def run(main):
     """Call a script's main. Bad input and Ctrl-C end it with one line and a status that is not 0; a
     mistake in the code shows its traceback."""
-    # A long run should lack neither speed nor, at its end, a character.
+    # Faster memory; and a terminal that lacks a character, such as "±", ends no run.
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # such as "±"
+        stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

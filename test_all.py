@@ -166,7 +166,7 @@ def random_examples(rng, count, shared=False, vocab=300):
 
 def pack(*shots):
     """Packed, a tree for each shot, a list of examples."""
-    return dmpo.pack([dmpo.tree(shot) for shot in shots])
+    return dmpo.pack([dmpo.build_tree(shot) for shot in shots])
 
 
 def trees(examples):
@@ -615,7 +615,7 @@ def test_a_prompt_may_list_the_candidates_shuffled_alike_for_one_seed():
     _, plain = data.tokenize(tokenizer, example, "Movies:")
     texts = []
     for seed in (0, *range(99)):
-        prompt, responses = data.tokenize(tokenizer, example, "Movies:", seed)
+        prompt, responses = data.tokenize(tokenizer, example, "Movies:", "candidates", seed)
         assert responses == plain  # the positive's is still first
         texts.append(tokenizer.decode(prompt).splitlines())
         assert sorted(texts[-1][1:9]) == [f"- {item}" for item in "ABCDEFGP"]
@@ -839,8 +839,8 @@ def test_your_own_malformed_tables_are_refused_by_line():
         {CSV.strip()}↓,2,1,Alien => line 2; no user
         {CSV.strip()}↓a, ,1,Alien => line 2; no item
         {CSV.strip()}↓a,2,1,\x07 => line 2; no title""", lambda text: read_text(text, "own.csv"))
-    for time in ("soon", "inf", "nan", "1_000", "0x10", "1 2", "2001-01-01", "1e9999", "--1"):
-        refused(lambda: read_text(f"{CSV}a,2,{time},Alien\n", "a.csv"), "line 2", "not a number")
+    for cell in ("soon", "inf", "nan", "1_000", "0x10", "1 2", "2001-01-01", "1e9999", "--1"):
+        refused(lambda: read_text(f"{CSV}a,2,{cell},Alien\n", "a.csv"), "line 2", "not a number")
     refused(lambda: read_text(TSV + "a\t1\t1\tHeat\t2\n", "a.tsv"), "line 2", "5 columns")
     refused(lambda: read_text(CSV.encode() + b"\n" * 998 + b"\xff", "a.csv"), "line 1000", "utf-8")
     refused(lambda: read_text(CSV.encode("utf-16"), "a.csv"), "line 1")
@@ -1225,7 +1225,7 @@ def watch(module, name, **more):
 
 def test_tree_of_two_moments_by_hand():
     first = ([7, 8], [[1, 9], [2, 9, 4]])
-    tree = dmpo.tree([first, ([7, 8, 1, 9, 8], [[3, 9]])])  # 7 8 is answered by 1 9, then 8 by 3 9
+    tree = dmpo.build_tree([first, ([7, 8, 1, 9, 8], [[3, 9]])])  # 7 8, then 1 9; 8, then 3 9
     assert tree.paths == [[[0, 1], [2, 3, 4]], [[5, 6]]]
     with patch(dmpo, "padded", int):
         batch = pack([first])
@@ -1248,11 +1248,11 @@ def test_tree_logps_equal_scoring_every_response_alone():
         expected = one_by_one(model, examples)
         for batch in (pack(*shots), trees(examples), pack(examples)):
             close(dmpo.response_logps(model, batch), expected, 1e-4)
+        found = 0
         for me in range(3):  # processes, which share the passes
-            found = 0 if me == 0 else found
             with (mock.patch.dict(dmpo.NODES, cpu=60),
                   patch(llama, "world", lambda: (me, 3))):
-                found += dmpo.log_probabilities(model, list(map(dmpo.tree, shots)))
+                found += dmpo.tree_logps(model, list(map(dmpo.build_tree, shots)))
         close(found, expected, 1e-4)
 
 
@@ -1389,8 +1389,8 @@ def test_dmpo_with_one_negative_and_its_sum_with_sft_equal_trl():
 
 
 def test_groups_hold_every_example_once_within_the_budget():
-    merged = [dmpo.tree([example]) for example in random_examples(random.Random(2), 50)]
-    groups = dmpo.group(merged, 90)
+    merged = [dmpo.build_tree([example]) for example in random_examples(random.Random(2), 50)]
+    groups = dmpo.group_trees(merged, 90)
     assert sorted(sum(groups, [])) == list(range(50)) and 5 < len(groups) < 50
     for group in groups:
         assert len(group) == 1 or dmpo.pack([merged[i] for i in group]).ids.numel() <= 90
@@ -1449,7 +1449,7 @@ def step(model, shots, reference, settings, me=0, processes=1):
           patch(torch.optim, "AdamW", optimizer),
           patch(torch.nn.utils, "clip_grad_norm_",
                             lambda some, most: clip(some, most if processes == 1 else math.inf)),
-          patch(dmpo, "log_probabilities", lambda *_: reference),
+          patch(dmpo, "tree_logps", lambda *_: reference),
           mock.patch.multiple(llama, all_reduce=all_reduce, world=lambda: (me, processes))):
         train.train(model, shots, [], settings, Path(folder))
     assert optimizer.call_args.kwargs["weight_decay"] == 0
@@ -1492,7 +1492,7 @@ def test_a_gpu_computes_what_the_cpu_does():
     shots, found = some_shots(0, 3, 1, 2, shared=True), []
     for device in "cpu", "cuda":
         model = adapted().to(device)
-        scores = dmpo.log_probabilities(model, list(map(dmpo.tree, shots)))
+        scores = dmpo.tree_logps(model, list(map(dmpo.build_tree, shots)))
         catalogue = evaluation.catalogue_scores(model, [1, 2], shots[0][0][1], titles=4)
         moved, told = step(model, shots, torch.zeros_like(scores).float(), SETTINGS)
         parts = [scores, torch.from_numpy(catalogue), moved / SETTINGS["lr"], told]
@@ -1834,8 +1834,8 @@ def test_prompts_that_list_candidates_and_adapters_from_other_data_are_evaluated
                      f"{heading}'", "eval runs/toy"):
             with watch(data, "tokenize") as used:
                 run(line)
-            calls = [call.args for call in used.call_args_list]  # tokenizer, example, heading, seed
-            assert {call[2:] for call in calls} == {(heading, 0)}
+            calls = [call.args for call in used.call_args_list]  # ..., heading, prompt, seed
+            assert {call[2:] for call in calls} == {(heading, "candidates", 0)}
             assert max(len(call[1].history) for call in calls) == 4
         assert "AUC" in run("eval runs/toy --data pairs.jsonl")
         text = "".join(rows).replace("}", ', "split": "test"}', 10)  # the others are for training

@@ -37,7 +37,7 @@ CHECKPOINT_SECONDS = 60
 
 
 def parse():
-    """The options, with what those that were not given follow from."""
+    """The options, those filled in whose defaults follow from others."""
     parser = argparse.ArgumentParser(
         description="Fine-tune a language model to recommend: SFT, then DMPO.", allow_abbrev=False)
     add = parser.add_argument
@@ -104,11 +104,11 @@ def parse():
         parser.error("--sample hard needs --prompt history: it draws more than a prompt lists")
     if args.loss == "dpo" and args.negatives != 1:
         parser.error("--loss dpo has one negative; with several it is dmpo or sdpo")
-    sft, folder = args.stage == "sft", args.init not in ("sft", "base")
+    sft, from_folder = args.stage == "sft", args.init not in ("sft", "base")
     llama.refuse_idle(parser, [
         (sft, "with --stage sft", ["--loss", "--beta", "--sft-weight"]),
         (sft and args.prompt == "history", "with --stage sft", ["--negatives", "--sample"]),
-        (folder, "with --init FOLDER, whose rank it is", ["--rank"]),
+        (from_folder, "with --init FOLDER, whose rank it is", ["--rank"]),
     ])
     return args
 
@@ -121,15 +121,17 @@ def prepare(model, tokenizer, dataset, settings):
     first."""
     seed, negatives = settings["seed"], settings.get("negatives", 0)
     sample = settings.get("sample", "given")
-    shuffle_seed = seed if settings["prompt"] == "candidates" else None
     drawn = data.shots(dataset, settings["shots"], negatives, seed, sample, settings["moments"])
-    shots = [data.encode(tokenizer, shot, dataset, model.config, shuffle_seed) for shot in drawn]
+    shots = []
+    for shot in drawn:
+        encoded = data.encode(tokenizer, shot, dataset, model.config, settings["prompt"], seed)
+        shots.append(encoded)
 
     # Hard negatives: of many more, the k that the reference, which the model still is, finds
     # likeliest.
     if sample == "hard":
-        trees = [dmpo.tree(shot) for shot in shots]
-        scores = dmpo.log_probabilities(model, trees, "hard negatives")[:, 1:]  # (N, HARD * k)
+        trees = [dmpo.build_tree(shot) for shot in shots]
+        scores = dmpo.tree_logps(model, trees, "hard negatives")[:, 1:]  # (N, HARD * k)
         hardest = scores.argsort(descending=True)[:, :negatives].tolist()
         row = 0
         for shot in shots:
@@ -155,26 +157,26 @@ def train(model, shots, validation, settings, folder):
     one. Raises InputError where a loss is not finite.
     """
     device, (me, _) = model.head.device, llama.world()
-    trees = [dmpo.tree(shot) for shot in shots]
-    examples = [len(shot) for shot in shots]
-    tokens = []  # of each shot's positives
+    trees = [dmpo.build_tree(shot) for shot in shots]
+    shot_examples = [len(shot) for shot in shots]
+    shot_tokens = []  # of a shot's positives
     for shot in shots:
-        tokens.append(sum(len(responses[0]) for _, responses in shot))
+        shot_tokens.append(sum(len(responses[0]) for _, responses in shot))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
 
     # Until a checkpoint is loaded, the adapters are what this stage starts from: the model is its
     # own reference.
     if settings["stage"] == "dmpo":
-        reference = dmpo.log_probabilities(model, trees, "reference").float()
-        reference = reference.split(examples)  # a shot's: (its examples, 1+k)
+        reference = dmpo.tree_logps(model, trees, "reference").float()
+        reference = reference.split(shot_examples)  # a shot's: (its examples, 1+k)
 
     # The losses of the steps before the run was cut off, if it was; those steps are not repeated.
     losses = load_checkpoint(folder / "checkpoint", model, optimizer)
     log = open_log(folder / "log.jsonl", len(losses))
     size, epochs, seed = settings["batch_size"], settings["epochs"], settings["seed"]
     steps_an_epoch = math.ceil(len(shots) / size)
-    steps, step, saved = epochs * steps_an_epoch, 0, time.perf_counter()
+    steps, step, saved_at = epochs * steps_an_epoch, 0, time.perf_counter()
     bar = tqdm(total=steps, initial=len(losses), desc=folder.name, disable=me > 0 or None)
     for epoch in range(1, epochs + 1):
         order = random.Random(f"{seed} epoch {epoch}").sample(range(len(shots)), len(shots))
@@ -183,8 +185,8 @@ def train(model, shots, validation, settings, folder):
             if step <= len(losses):
                 continue
             began, picked = time.perf_counter(), order[start:start + size]
-            step_examples = sum(examples[i] for i in picked)
-            step_tokens = sum(tokens[i] for i in picked)
+            step_examples = sum(shot_examples[i] for i in picked)
+            step_tokens = sum(shot_tokens[i] for i in picked)
 
             # Gradients of the step's loss add up over its passes, and over processes.
             sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, margin, accuracy
@@ -197,6 +199,7 @@ def train(model, shots, validation, settings, folder):
                     ref, beta = torch.cat([reference[i] for i in part]), settings["beta"]
                     share = len(policy) / step_examples
                     loss = share * dmpo.LOSSES[settings["loss"]](policy, ref, beta)
+                    # A little of SFT's loss beside it, as in the authors' code: see --sft-weight.
                     loss = loss + settings["sft_weight"] * dmpo.sft_loss(policy, step_tokens)
                     sums[1:] += share * margin_and_accuracy(policy.detach(), ref, beta)
                 loss.backward()
@@ -223,8 +226,8 @@ def train(model, shots, validation, settings, folder):
             bar.set_postfix({key: f"{line[key]:.3g}" for key in line if key not in ("step", "lr")})
             bar.update()
             if step % steps_an_epoch == 0:
-                loss = sum(losses[-steps_an_epoch:]) / steps_an_epoch
-                told = f"{folder.name} epoch {epoch}/{epochs}: loss {loss:.3f}"
+                epoch_loss = sum(losses[-steps_an_epoch:]) / steps_an_epoch
+                told = f"{folder.name} epoch {epoch}/{epochs}: loss {epoch_loss:.3f}"
                 if validation:
                     ranks = dmpo.ranks(dmpo.score(model, validation, "validation"))
                     line["validation_ndcg@10"] = dmpo.ndcg(ranks, 10).mean()
@@ -232,9 +235,9 @@ def train(model, shots, validation, settings, folder):
                 bar.write(told)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            if me == 0 and step < steps and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            if me == 0 and step < steps and time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
                 save_checkpoint(folder / "checkpoint", model, optimizer, losses)
-                saved = time.perf_counter()
+                saved_at = time.perf_counter()
 
     # From here on the stage is done; the other processes wait for its files.
     bar.close()
@@ -249,7 +252,7 @@ def passes(trees, picked, device):
     me, processes = llama.world()
     mine = picked[me::processes]
     parts = []
-    for group in dmpo.group([trees[i] for i in mine], dmpo.NODES[device.type]):
+    for group in dmpo.group_trees([trees[i] for i in mine], dmpo.NODES[device.type]):
         parts.append([mine[i] for i in group])
     return parts
 
@@ -342,10 +345,10 @@ def lock(folder):
 
 # The command
 
-# What SFT and DMPO of one run have in common; and names under which the same thing may be found.
+# What SFT and DMPO of one run must have in common.
 SHARED = ("data_identity", "model_identity", "heading", "latest", "prompt", "shots", "moments",
           "seed", "rank", "negatives", "sample")
-NAMES = ("data", "model", "init")
+NAMES = ("data", "model", "init")  # never compared: what they stand for is ("data_identity", ..)
 
 
 def stage_settings(args, stage):
@@ -386,16 +389,15 @@ def require_same(folder, settings, keys):
                              f"{settings[key]!r}: choose another folder with --out, or delete it")
 
 
-def run_stage(model, tokenizer, dataset, validation, settings, folder, keys):
-    """Train one stage in its folder, unless that holds the adapter already; `keys` are the settings
-    that must then be the same."""
+def run_stage(model, tokenizer, dataset, validation, settings, folder, asked):
+    """Train one stage in its folder, unless that holds the adapter already: of the same settings,
+    all of them if it is the stage `asked` for, else those that both stages share."""
     held = lock(folder) if llama.world()[0] == 0 else None  # until this function ends
     llama.barrier(model.head.device)
-    start_from(model, settings, folder.parent)
+    start_from(model, settings, folder.parent)  # which is a setting, too
     if (folder / "adapter_model.safetensors").exists():
-        require_same(folder, settings, keys)
+        require_same(folder, settings, settings if asked else SHARED)
         print(f"{folder} holds this adapter already (delete the folder to train it again)")
-        lora.load(model, folder)
         return
     if (folder / "checkpoint").exists():
         require_same(folder, settings, settings)
@@ -425,21 +427,21 @@ def main():
         data.shots(dataset, args.shots, args.negatives, args.seed, args.sample, args.moments)
     test = data.heldout(dataset, "test", args.candidates, users=args.users)
     validation = []
-    if dataset.examples.get("validation") != []:
-        asked = data.heldout(dataset, "validation", args.candidates, users=VALIDATION_USERS)
-        shuffle_seed = args.seed if args.prompt == "candidates" else None
-        validation = data.encode(tokenizer, asked, dataset, model.config, shuffle_seed)
+    if dataset.examples.get("validation") != []:  # []: their own examples have none
+        examples = data.heldout(dataset, "validation", args.candidates, users=VALIDATION_USERS)
+        validation = data.encode(tokenizer, examples, dataset, model.config, args.prompt)
 
     adapters = []
     for stage in stages:
         folder, settings = folders[stage], stage_settings(args, stage)
-        keys = settings if stage == args.stage else SHARED
-        run_stage(model, tokenizer, dataset, validation, settings, folder, keys)
+        asked = stage == args.stage
+        run_stage(model, tokenizer, dataset, validation, settings, folder, asked)
         adapters.append((str(folder), folder, settings))
     report = evaluation.evaluate(model, tokenizer, dataset, adapters, test, prompt=args.prompt)
     evaluation.print_table(report)
     if args.stage == "dmpo":
-        print(f"\nnext: python eval.py {shlex.quote(args.out)}, the same table for all users")
+        more = f" --candidates {args.candidates}" if args.candidates else ""
+        print(f"\nnext: python eval.py {shlex.quote(args.out)}{more}, the same table for all users")
     else:
         print("\nnext: the same command with --stage dmpo --init sft --rank "
               f"{settings['rank']} (and --lr and --epochs of that stage, if any)")
