@@ -1569,10 +1569,9 @@ def test_main_job_trains_sft_then_dmpo_and_eval_prints_the_same_table():
 def test_the_defaults_are_those_that_the_readme_states():
     with patch(sys, "argv", ["train.py"]):
         args = vars(train.parse())
-    assert train.LEARNING_RATES == {"sft": 1e-3, "dmpo": 5e-4}
     for pair in ("stage=dmpo loss=dmpo init=sft data=ml-100k shots=100 moments=10 latest=10 rank=8 "
-                 "batch_size=2 epochs=1 beta=0.1 sft_weight=0.1 negatives=4 sample=given seed=0 "
-                 "prompt=history users=200 out=runs/ml-100k candidates=None").split():
+                 "batch_size=2 epochs=1 lr=0.001 beta=0.1 sft_weight=0.1 negatives=4 sample=given "
+                 "seed=0 prompt=history users=200 out=runs/ml-100k candidates=None").split():
         key, value = pair.split("=")
         assert str(args[key]) == value, key
 

@@ -31,7 +31,7 @@ import lora
 import model as llama
 from model import InputError, at_least
 
-LEARNING_RATES = {"sft": 1e-3, "dmpo": 5e-4}
+LEARNING_RATE = 1e-3
 VALIDATION_USERS = 50  # a trend to watch; settings are chosen with eval.py --split validation
 CHECKPOINT_SECONDS = 60
 
@@ -78,8 +78,8 @@ def parse():
     add("--epochs", type=at_least(1), default=1,
         help="passes over the shots in this stage (default: %(default)s)")
     add("--batch-size", type=at_least(1), default=2, help="shots a step (default: %(default)s)")
-    add("--lr", type=at_least(1e-12, float), help="peak learning rate of this stage "
-        "(default: sft %(sft)g, dmpo %(dmpo)g)" % LEARNING_RATES)
+    add("--lr", type=at_least(1e-12, float), default=LEARNING_RATE,
+        help="peak learning rate of this stage (default: %(default)s)")
     add("--seed", type=at_least(0), default=0,
         help="draws shots, negatives, adapters, order (default: 0)")
     add("--checkpoint-activations", action="store_true",
@@ -358,12 +358,12 @@ def stage_settings(args, stage):
         keys += ["loss", "beta", "sft_weight"]
     elif args.prompt == "history":  # SFT meets no negatives
         keys = [key for key in keys if key not in ("negatives", "sample")]
-    settings = {"stage": stage, "epochs": 1, "lr": LEARNING_RATES[stage]}
+    settings = {"stage": stage, "epochs": 1, "lr": LEARNING_RATE}
     settings |= {key: getattr(args, key) for key in keys}
     if stage != args.stage:
         settings["init"] = "base"
     else:  # which these options are for
-        settings |= {"epochs": args.epochs, "lr": args.lr or LEARNING_RATES[stage]}
+        settings |= {"epochs": args.epochs, "lr": args.lr}
     return settings
 
 
