@@ -272,8 +272,8 @@ def shots(dataset, count, negatives, seed, sample="given", moments=1):
 
     Negatives are titles that the user touched neither in training nor held out: nobody's own
     held-out item is ever pushed down. `sample`: see train.py's --sample; "hard" draws HARD times as
-    many, for train.prepare to choose from. Users who leave too few are left out and
-    named. InputError if fewer than `count` shots remain.
+    many, for train.prepare to choose from. Users who leave too few are left out and named.
+    InputError if fewer than `count` shots remain.
     """
     moments = min(moments, dataset.latest)
     needed = negatives * HARD if sample == "hard" else negatives
@@ -352,8 +352,8 @@ def last_moments(dataset, seed, step):
 
 def interactions(dataset):
     """Each user's titles before the validation item, oldest first: what any method may learn from.
-    Of data with examples of their own: all that stands in them but what validation and test ask
-    for."""
+    Of data that bring training examples: all that stands in theirs and in test histories, less what
+    validation asks for."""
     if "train" not in dataset.examples:
         return [items[:-2] for items in dataset.sequences.values() if len(items) > 2]
     users, asked = {}, set()  # the data may bring several examples of a user

@@ -55,11 +55,11 @@ def measure(ranks, candidates):
 def interval(values):
     """95 % bootstrap interval of the mean of values (users,): users are drawn again with
     replacement, 2,000 times."""
-    rng, users, means = np.random.default_rng(0), len(values), []
+    rng, users, averages = np.random.default_rng(0), len(values), []
     for _ in range(20):  # by the hundred: one by one is slow, all at once large
         drawn = rng.integers(users, size=(100, users))
-        means += values[drawn].mean(1).tolist()
-    return np.percentile(means, [2.5, 97.5]).tolist()
+        averages += values[drawn].mean(1).tolist()
+    return np.percentile(averages, [2.5, 97.5]).tolist()
 
 
 def means(values):

@@ -394,7 +394,7 @@ def run_stage(model, tokenizer, dataset, validation, settings, folder, asked):
     all of them if it is the stage `asked` for, else those that both stages share."""
     held = lock(folder) if llama.world()[0] == 0 else None  # until this function ends
     llama.barrier(model.head.device)
-    start_from(model, settings, folder.parent)  # which is a setting, too
+    start_from(model, settings, folder.parent)  # adds to the settings, so first
     if (folder / "adapter_model.safetensors").exists():
         require_same(folder, settings, settings if asked else SHARED)
         print(f"{folder} holds this adapter already (delete the folder to train it again)")
@@ -427,7 +427,7 @@ def main():
         data.shots(dataset, args.shots, args.negatives, args.seed, args.sample, args.moments)
     test = data.heldout(dataset, "test", args.candidates, users=args.users)
     validation = []
-    if dataset.examples.get("validation") != []:  # []: their own examples have none
+    if dataset.examples.get("validation") != []:  # []: the data's own examples lack it
         examples = data.heldout(dataset, "validation", args.candidates, users=VALIDATION_USERS)
         validation = data.encode(tokenizer, examples, dataset, model.config, args.prompt)
 
